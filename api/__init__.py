@@ -1,0 +1,1 @@
+"""The HTTP front end: validate, record, enqueue, read back, stream. Knows no engine."""

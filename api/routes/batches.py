@@ -1,0 +1,78 @@
+"""``/v1/batches``."""
+
+from __future__ import annotations
+
+from flask import Blueprint, Response
+
+from api import current
+from api.bodies import json_body, parsed_query, require_no_body, require_no_query
+from api.errors import json_response
+from api.idempotency import fingerprint, once
+from api.schemas.batches import BatchListQuery, BatchObject, CreateBatch
+from api.schemas.common import list_object
+from shared.errors import InvalidValue, NotFound
+from shared.files import FileRecord
+
+blueprint = Blueprint("batches", __name__)
+_ROUTE = "batches"
+
+
+@blueprint.post("/v1/batches")
+def create() -> Response:
+    """Queue the requests of an uploaded JSONL file."""
+    require_no_query()
+    body = json_body()
+    asked = CreateBatch.model_validate_json(body)
+    return once(_ROUTE, lambda: fingerprint(_ROUTE, body), lambda: _created(asked))
+
+
+@blueprint.get("/v1/batches")
+def list_batches() -> Response:
+    """One page of the owner's batches, newest first."""
+    query = parsed_query(BatchListQuery)
+    page = current.stores().batches.list(current.owner(), after=query.after, limit=query.limit)
+    items = [BatchObject.of(batch) for batch in page.items]
+    return json_response(list_object(items, has_more=page.has_more))
+
+
+@blueprint.get("/v1/batches/<batch_id>")
+def retrieve(batch_id: str) -> Response:
+    """One batch as it is now."""
+    require_no_query()
+    batch = current.stores().batches.get(current.owner(), batch_id)
+    return json_response(BatchObject.of(batch).model_dump())
+
+
+@blueprint.post("/v1/batches/<batch_id>/cancel")
+def cancel(batch_id: str) -> Response:
+    """Ask a batch to stop; what is done by then is kept."""
+    require_no_query()
+    require_no_body()
+    batch = current.stores().batches.cancel(current.owner(), batch_id)
+    return json_response(BatchObject.of(batch).model_dump())
+
+
+def _created(asked: CreateBatch) -> bytes:
+    expiry = asked.output_expires_after
+    batch = current.stores().batches.create(
+        owner=current.owner(),
+        input_file=_input_file(asked.input_file_id),
+        endpoint=asked.endpoint,
+        completion_window=asked.completion_window,
+        metadata=asked.metadata,
+        output_expires_after_s=expiry.seconds if expiry else None,
+    )
+    return BatchObject.of(batch).model_dump_json().encode()
+
+
+def _input_file(file_id: str) -> FileRecord:
+    try:
+        record = current.stores().files.get(current.owner(), file_id)
+    except NotFound as error:
+        raise InvalidValue(error.message, param="input_file_id") from None
+    if record.purpose != "batch":
+        raise InvalidValue(
+            f"the file '{file_id}' was uploaded for '{record.purpose}'; a batch needs 'batch'",
+            param="input_file_id",
+        )
+    return record

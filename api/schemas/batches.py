@@ -1,0 +1,150 @@
+"""Batches on the wire."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StringConstraints
+
+from api.schemas.common import Body, Expiry, Fields
+from shared.jobs import Batch
+
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
+
+
+class CreateBatch(Body):
+    """The body of ``POST /v1/batches``.
+
+    ``completion_window`` is ``24h`` as OpenAI has it, or any number of minutes, hours or days:
+    ``90m``, ``48h``, ``7d``.
+    """
+
+    input_file_id: Annotated[str, StringConstraints(min_length=1, max_length=128)]
+    endpoint: Literal["/v1/chat/completions"]
+    completion_window: Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,4}[mhd]$")]
+    metadata: Metadata | None = None
+    output_expires_after: Expiry | None = None
+
+
+class BatchListQuery(Fields):
+    """The query of ``GET /v1/batches``."""
+
+    after: str | None = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+
+
+class RequestCounts(BaseModel):
+    """Lines of the input: all of them, those answered, those failed."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class CachedTokens(BaseModel):
+    """Of the input tokens."""
+
+    cached_tokens: int = 0
+
+
+class ReasoningTokens(BaseModel):
+    """Of the output tokens."""
+
+    reasoning_tokens: int = 0
+
+
+class BatchUsage(BaseModel):
+    """Tokens of all lines done so far, image tokens included."""
+
+    input_tokens: int
+    input_tokens_details: CachedTokens = CachedTokens()
+    output_tokens: int
+    output_tokens_details: ReasoningTokens = ReasoningTokens()
+    total_tokens: int
+
+
+class BatchExtras(BaseModel):
+    """What OpenAI's object has no room for; ``warning`` is the code of a passing trouble."""
+
+    warning: str | None
+
+
+class BatchObject(BaseModel):
+    """A batch. Every key is always there; times are Unix seconds."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    model: str | None
+    errors: dict[str, Any] | None
+    input_file_id: str
+    completion_window: str
+    status: str
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    usage: BatchUsage
+    metadata: dict[str, str] | None
+    vlmq: BatchExtras
+
+    @classmethod
+    def of(cls, batch: Batch) -> BatchObject:
+        """The wire's view of a batch."""
+        return cls(
+            id=batch.id,
+            endpoint=batch.endpoint,
+            model=batch.model,
+            errors=_problems(batch),
+            input_file_id=batch.input_file_id,
+            completion_window=batch.completion_window,
+            status=_status(batch),
+            output_file_id=batch.output_file_id,
+            error_file_id=batch.error_file_id,
+            created_at=batch.created_at,
+            in_progress_at=batch.in_progress_at,
+            expires_at=batch.expires_at,
+            finalizing_at=batch.finalizing_at,
+            completed_at=batch.completed_at,
+            failed_at=batch.failed_at,
+            expired_at=batch.expired_at,
+            cancelling_at=batch.cancelling_at,
+            cancelled_at=batch.cancelled_at,
+            request_counts=RequestCounts(
+                total=batch.total, completed=batch.completed, failed=batch.failed
+            ),
+            usage=BatchUsage(
+                input_tokens=batch.prompt_tokens,
+                output_tokens=batch.completion_tokens,
+                total_tokens=batch.prompt_tokens + batch.completion_tokens,
+            ),
+            metadata=batch.metadata,
+            vlmq=BatchExtras(warning=batch.warning),
+        )
+
+
+def _status(batch: Batch) -> str:
+    """A request to cancel is a field of ours and a status on the wire."""
+    if batch.stop_reason == "cancelled" and not batch.is_terminal:
+        return "cancelling"
+    return batch.state.value
+
+
+def _problems(batch: Batch) -> dict[str, Any] | None:
+    if not batch.problems:
+        return None
+    data = [
+        {"code": item.code, "message": item.message, "param": item.param, "line": item.line}
+        for item in batch.problems
+    ]
+    return {"object": "list", "data": data}

@@ -1,0 +1,1 @@
+"""The ``vlmq`` command: a client of the HTTP API, and the way to start the programs."""

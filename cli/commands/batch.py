@@ -1,0 +1,315 @@
+"""``vlmq batch``: submit, watch, read, list and cancel batches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from cli.client import Client, Json, ServerTrouble
+from cli.options import connect, json_option, pairs, server_options
+from cli.output import err, note, print_json, print_table, when
+
+TERMINAL = {"completed", "failed", "expired", "cancelled"}
+POLL_S = 0.5
+RETRY_S = 2.0
+PLAIN_LINE_S = 10.0
+"""Without a terminal, progress is one line this often."""
+
+
+@click.group()
+def batch() -> None:
+    """Run many requests from a JSONL file."""
+
+
+@batch.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--watch", "follow", is_flag=True, help="Stay and show the progress.")
+@click.option("--metadata", multiple=True, metavar="NAME=VALUE", help="Kept with the batch.")
+@json_option
+@server_options
+def submit(
+    file: Path,
+    metadata: tuple[str, ...],
+    *,
+    follow: bool,
+    as_json: bool,
+    url: str,
+    api_key: str | None,
+) -> None:
+    """Upload FILE (one request per line) and run it."""
+    labels = pairs(metadata)
+    with connect(url, api_key) as client:
+        uploaded = _upload(client, file)
+        created = client.create_batch(uploaded["id"], labels)
+        note(f"batch {created['id']} started")
+        if follow:
+            _finish(_watch(client, created["id"]), as_json=as_json)
+        elif as_json:
+            print_json(created)
+        else:
+            click.echo(created["id"])
+
+
+@batch.command()
+@click.argument("batch_id", metavar="ID")
+@json_option
+@server_options
+def watch(batch_id: str, *, as_json: bool, url: str, api_key: str | None) -> None:
+    """Show the progress of a batch until it ends. Ctrl-C leaves the batch running."""
+    with connect(url, api_key) as client:
+        _finish(_watch(client, batch_id), as_json=as_json)
+
+
+@batch.command()
+@click.argument("batch_id", metavar="ID")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Into FILE.")
+@click.option("--errors", type=click.Path(path_type=Path, dir_okay=False), help="Failed ones.")
+@server_options
+def results(
+    batch_id: str, output: Path | None, errors: Path | None, url: str, api_key: str | None
+) -> None:
+    """Write the answers of a finished batch, one JSON object per line."""
+    with connect(url, api_key) as client:
+        found = client.batch(batch_id)
+        if found["status"] not in TERMINAL:
+            raise click.ClickException(
+                f"the batch is not finished ({found['status']}); "
+                f"wait for it with: vlmq batch watch {batch_id}"
+            )
+        _fetch(client, found.get("output_file_id"), output or Path("-"), "answers")
+        if errors is not None:
+            _fetch(client, found.get("error_file_id"), errors, "failed requests")
+        elif found.get("error_file_id"):
+            failed = found["request_counts"]["failed"]
+            note(f"{failed} request(s) failed; --errors FILE writes why")
+    _explain_problems(found)
+
+
+@batch.command("list")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100))
+@click.option("--after", help="Go on after this batch.")
+@json_option
+@server_options
+def list_batches(
+    limit: int, after: str | None, *, as_json: bool, url: str, api_key: str | None
+) -> None:
+    """List batches, newest first."""
+    with connect(url, api_key) as client:
+        page = client.batches(limit, after)
+    if as_json:
+        print_json(page)
+        return
+    rows = [(b["id"], b["status"], counts(b), b.get("model") or "-", when(b["created_at"]))
+            for b in page["data"]]  # fmt: skip
+    print_table(("ID", "STATUS", "DONE", "MODEL", "CREATED"), rows, "there are no batches yet")
+    if page["has_more"]:
+        note(f"older ones: vlmq batch list --after {page['data'][-1]['id']}")
+
+
+@batch.command()
+@click.argument("batch_id", metavar="ID")
+@json_option
+@server_options
+def cancel(batch_id: str, *, as_json: bool, url: str, api_key: str | None) -> None:
+    """Stop a batch; what is done by then is kept."""
+    with connect(url, api_key) as client:
+        stopped = client.cancel_batch(batch_id)
+    if as_json:
+        print_json(stopped)
+    else:
+        note(f"batch {batch_id} is {stopped['status']}; {counts(stopped)} were answered")
+
+
+def counts(found: Json) -> str:
+    """How far a batch is, e.g. ``1200/2000`` or ``1200/2000 (3 failed)``."""
+    numbers = found["request_counts"]
+    done = f"{numbers['completed']}/{numbers['total']}"
+    return f"{done} ({numbers['failed']} failed)" if numbers["failed"] else done
+
+
+# --- upload ---
+
+
+def _upload(client: Client, file: Path) -> Json:
+    columns = (
+        TextColumn("upload"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("upload", total=file.stat().st_size)
+        uploaded = client.upload(file, "batch", lambda size: bar.advance(task, size))
+    note(f"uploaded {file.name} as {uploaded['id']}")
+    return uploaded
+
+
+# --- watching ---
+
+
+def _watch(client: Client, batch_id: str) -> Json:
+    """Poll until the batch has ended, through restarts of the server; returns it as it ended."""
+    try:
+        with _display() as show:
+            while True:
+                found = _patiently(lambda: client.batch(batch_id))
+                show(found)
+                if found["status"] in TERMINAL:
+                    return found
+                time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        note(
+            f"\nthe batch goes on without you. Watch again: vlmq batch watch {batch_id}\n"
+            f"                              Stop it:     vlmq batch cancel {batch_id}"
+        )
+        raise
+
+
+def _patiently(ask: Callable[[], Json]) -> Json:
+    told = False
+    while True:
+        try:
+            answer = ask()
+        except ServerTrouble as error:
+            if not error.passing:
+                raise
+            if not told:
+                note(f"{error.message.splitlines()[0]}; trying again until it answers")
+                told = True
+            time.sleep(RETRY_S)
+        else:
+            if told:
+                note("the server answers again")
+            return answer
+
+
+@contextlib.contextmanager
+def _display() -> Iterator[Callable[[Json], None]]:
+    if not err.is_terminal:
+        yield PlainProgress().show
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[failed]}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as bar:
+        yield BarProgress(bar).show
+
+
+class Rate:
+    """Items per second since the watching began."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def per_second(self, done: int) -> float:
+        """The mean rate; 0 until two different moments were seen."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
+        elapsed_s = now - self._first[0]
+        return (done - self._first[1]) / elapsed_s if elapsed_s > 0 else 0.0
+
+
+class BarProgress:
+    """A progress bar for a terminal."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._rate = Rate()
+        self._task: TaskID = bar.add_task("waiting", total=None, failed="", rate="")
+
+    def show(self, found: Json) -> None:
+        """Bring the bar up to date."""
+        numbers = found["request_counts"]
+        done = numbers["completed"] + numbers["failed"]
+        rate = self._rate.per_second(done)
+        self._bar.update(
+            self._task,
+            description=found["status"],
+            total=numbers["total"] or None,
+            completed=done,
+            failed=f"{numbers['failed']} failed" if numbers["failed"] else "",
+            rate=f"{rate:,.1f} items/s" if rate else "",
+        )
+
+
+class PlainProgress:
+    """Lines for a log: at every change of state, and every PLAIN_LINE_S."""
+
+    def __init__(self) -> None:
+        self._rate = Rate()
+        self._status = ""
+        self._next_at = 0.0
+
+    def show(self, found: Json) -> None:
+        """Write a line if one is due."""
+        now = time.monotonic()
+        if found["status"] == self._status and now < self._next_at:
+            return
+        self._status = found["status"]
+        self._next_at = now + PLAIN_LINE_S
+        numbers = found["request_counts"]
+        rate = self._rate.per_second(numbers["completed"] + numbers["failed"])
+        note(f"{found['status']} {counts(found)}" + (f", {rate:,.1f} items/s" if rate else ""))
+
+
+def _finish(found: Json, *, as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+    _explain_problems(found)
+    if found["status"] != "completed":
+        raise click.ClickException(f"the batch {found['status']}: {counts(found)} were answered")
+    note(f"done: {counts(found)}. Read it: vlmq batch results {found['id']} -o answers.jsonl")
+
+
+def _explain_problems(found: Json) -> None:
+    problems = (found.get("errors") or {}).get("data") or []
+    for problem in problems:
+        where = f"line {problem['line']}: " if problem.get("line") else ""
+        note(f"  {where}{problem['message']} ({problem['code']})")
+
+
+# --- results ---
+
+
+def _fetch(client: Client, file_id: str | None, target: Path, what: str) -> None:
+    if str(target) == "-":
+        stream = sys.stdout.buffer
+        for block in client.download(file_id) if file_id else ():
+            stream.write(block)
+        stream.flush()
+        return
+    # Under another name until it is whole, so that a broken download is not taken for results.
+    part = target.with_name(f".{target.name}.part")
+    try:
+        with open(part, "wb") as stream:
+            for block in client.download(file_id) if file_id else ():
+                stream.write(block)
+        os.replace(part, target)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {target}: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    note(f"{what}: {target}")

@@ -1,0 +1,287 @@
+"""The store of batches: Redis holds what is live, ``batches/<id>/`` on shared storage the truth.
+
+On disk: ``batch.json`` (what was asked), the manifest, ``shards/``, ``stop.json`` (a request to
+stop) and ``final.json`` (how it ended). Each is written before Redis hears of it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shared.clock import unix_now
+from shared.connection import PREFIX, Connection
+from shared.errors import IllegalTransition, InvalidValue, LeaseLost, NotFound, VlmqError
+from shared.files import FileRecord
+from shared.ids import is_id, new_id
+from shared.jobs import Batch, BatchProblem, BatchSpec, BatchState, StopReason
+from shared.leases import Lease
+from shared.manifest import Plan
+from shared.paging import Page, ids_after
+from shared.queue import Tickets
+from shared.scripts import Scripts
+from shared.shards import ShardHeader
+from shared.storage import Layout, remove_tree, require_space, storage_errors, write_json
+
+_WINDOW_UNITS_S = {"m": 60, "h": 3600, "d": 86400}
+_COMMIT = struct.Struct("<I")
+
+
+def window_s(text: str) -> int:
+    """The seconds of a completion window such as ``24h``, ``90m`` or ``7d``.
+
+    Raises: InvalidValue for ``completion_window``.
+    """
+    number, unit = text[:-1], text[-1:]
+    if unit in _WINDOW_UNITS_S and number.isascii() and number.isdigit() and len(number) <= 6:
+        seconds = int(number) * _WINDOW_UNITS_S[unit]
+        if seconds > 0:
+            return seconds
+    raise InvalidValue(
+        "completion_window is a number of minutes, hours or days such as '24h'",
+        param="completion_window",
+    )
+
+
+class BatchStore:
+    """Create, read, list and stop batches, and record what workers did for them."""
+
+    def __init__(
+        self,
+        client: Connection,
+        scripts: Scripts,
+        layout: Layout,
+        tickets: Tickets,
+        *,
+        min_free_bytes: int,
+    ) -> None:
+        self._redis: Any = client
+        self._tickets = tickets
+        self._scripts = scripts
+        self._layout = layout
+        self._min_free_bytes = min_free_bytes
+
+    # --- for the API ---
+
+    def create(
+        self,
+        *,
+        owner: str,
+        input_file: FileRecord,
+        endpoint: str,
+        completion_window: str,
+        metadata: dict[str, str] | None,
+        output_expires_after_s: int | None = None,
+    ) -> Batch:
+        """Record a batch and put it in line to be planned.
+
+        Raises: StorageFull, QueueUnavailable (then nothing is left of it).
+        """
+        require_space(self._layout.batches, self._min_free_bytes)
+        now = unix_now()
+        spec = BatchSpec(
+            id=new_id("batch_"),
+            owner=owner,
+            endpoint=endpoint,
+            input_file_id=input_file.id,
+            completion_window=completion_window,
+            created_at=now,
+            expires_at=now + window_s(completion_window),
+            metadata=metadata,
+            output_expires_after_s=output_expires_after_s,
+        )
+        folder = self.folder(spec.id)
+        with storage_errors(folder):
+            (folder / "shards").mkdir(mode=0o700, parents=True)
+            (folder / "problems").mkdir(mode=0o700)
+        try:
+            write_json(folder / "batch.json", spec)
+            self.enter(spec)
+        except VlmqError:
+            remove_tree(folder)
+            raise
+        self._tickets.control()
+        return self.get(owner, spec.id)
+
+    def enter(self, spec: BatchSpec) -> None:
+        """Put a recorded batch into Redis, to be planned. Does nothing if it is there already."""
+        encoded = msgspec.json.encode(spec)
+        created_ms = spec.created_at * 1000
+        self._scripts(
+            "create",
+            spec.id,
+            spec.owner,
+            encoded,
+            spec.input_file_id,
+            created_ms,
+            spec.expires_at,
+        )
+
+    def get(self, owner: str, batch_id: str) -> Batch:
+        """The batch as it is now. Raises: NotFound, for somebody else's too."""
+        if is_id(batch_id, "batch_"):
+            [batch] = self._read([batch_id])
+            if batch is not None and batch.owner == owner:
+                return batch
+        raise NotFound(f"there is no batch '{batch_id}'", param="batch_id")
+
+    def list(self, owner: str, *, after: str | None = None, limit: int = 20) -> Page[Batch]:
+        """The owner's batches, newest first. Raises: InvalidValue for an unknown ``after``."""
+        index = f"{PREFIX}batches:{owner}"
+        ids, has_more = ids_after(self._redis, index, after=after, limit=limit)
+        return Page([batch for batch in self._read(ids) if batch is not None], has_more)
+
+    def cancel(self, owner: str, batch_id: str) -> Batch:
+        """Ask a batch to stop; what is done by then is kept.
+
+        Raises: NotFound; IllegalTransition if it has ended.
+        """
+        batch = self.get(owner, batch_id)
+        if batch.is_terminal:
+            raise IllegalTransition(f"the batch is {batch.state} and cannot be cancelled")
+        self.stop(batch_id, "cancelled")
+        return self.get(owner, batch_id)
+
+    def stop(self, batch_id: str, reason: StopReason) -> None:
+        """Mark a batch to be stopped, on disk and then in Redis. Raises: IllegalTransition."""
+        mark = self.folder(batch_id) / "stop.json"
+        if not mark.exists():
+            write_json(mark, {"reason": reason, "at": unix_now()})
+        state = self._scripts("stop", batch_id, reason).decode()
+        if state == "missing":
+            raise NotFound(f"there is no batch '{batch_id}'")
+        if state != "ok":
+            raise IllegalTransition(f"the batch is {state} and cannot be {reason}")
+        self._tickets.control()
+
+    def folder(self, batch_id: str) -> Path:
+        """Where its records are."""
+        return self._layout.batch_dir(batch_id)
+
+    # --- for the workers ---
+
+    def planned(self, lease: Lease, plan: Plan) -> None:
+        """The manifest is on disk: the chunks may be claimed. Raises: LeaseLost."""
+        done = self._scripts(
+            "planned", lease.batch_id, lease.token, plan.model, plan.chunks, plan.total
+        )
+        self._require(done, lease, {BatchState.IN_PROGRESS})
+
+    def rejected(self, lease: Lease, total: int, problems: Sequence[BatchProblem]) -> None:
+        """Nothing of the input can be run: the batch has failed. Raises: LeaseLost."""
+        done = self._scripts(
+            "rejected",
+            lease.batch_id,
+            lease.token,
+            lease.spec.input_file_id,
+            total,
+            *(msgspec.json.encode(problem) for problem in problems),
+        )
+        self._require(done, lease, {BatchState.FAILED})
+        self.write_final(lease.spec)
+
+    def committed(
+        self, lease: Lease, header: ShardHeader, problems: Sequence[BatchProblem]
+    ) -> bool:
+        """The chunk's shard is on disk; says whether it was the last one. Raises: LeaseLost."""
+        if problems:
+            write_json(self.folder(lease.batch_id) / "problems" / f"{lease.unit}.json", problems)
+        done = self._scripts(
+            "commit",
+            lease.batch_id,
+            lease.unit,
+            lease.token,
+            header.completed,
+            header.failed,
+            header.prompt_tokens,
+            header.completion_tokens,
+            *(msgspec.json.encode(problem) for problem in problems),
+        )
+        if done is None:
+            raise LeaseLost()
+        return bool(done)
+
+    def finished(
+        self,
+        lease: Lease,
+        state: BatchState,
+        *,
+        output_file_id: str | None,
+        error_file_id: str | None,
+        completed: int,
+        failed: int,
+    ) -> None:
+        """Output and error files are on disk: the batch has ended. Raises: LeaseLost."""
+        done = self._scripts(
+            "finish",
+            lease.batch_id,
+            lease.token,
+            lease.spec.input_file_id,
+            state.value,
+            output_file_id or "",
+            error_file_id or "",
+            completed,
+            failed,
+        )
+        self._require(done, lease, {state})
+        self.write_final(lease.spec)
+
+    def write_final(self, spec: BatchSpec) -> None:
+        """Record on disk how the batch ended."""
+        write_json(self.folder(spec.id) / "final.json", self.get(spec.owner, spec.id))
+
+    def commits(self, batch_id: str) -> Iterator[tuple[int, int]]:
+        """Each committed chunk with the token of its shard, in the chunks' order."""
+        raw = self._redis.get(f"{PREFIX}batch:{batch_id}:commits") or b""
+        for index, (token,) in enumerate(_COMMIT.iter_unpack(raw)):
+            if token:
+                yield index, token
+
+    def overdue(self) -> Sequence[str]:
+        """Batches whose completion window has ended."""
+        found = self._redis.zrangebyscore(f"{PREFIX}deadlines", "-inf", unix_now())
+        return [bytes(member).decode() for member in found]
+
+    def ended_before(self, unix_s: int) -> Sequence[Batch]:
+        """Batches that ended before that."""
+        ids = self._redis.zrangebyscore(f"{PREFIX}ended", "-inf", f"({unix_s}")
+        found = self._read([bytes(batch_id).decode() for batch_id in ids])
+        return [batch for batch in found if batch is not None]
+
+    def remove(self, batch: Batch) -> None:
+        """Forget a batch that has ended, in Redis and then on disk."""
+        name = f"{PREFIX}batch:{batch.id}"
+        pipeline = self._redis.pipeline()
+        pipeline.delete(name, f"{name}:problems", f"{name}:events", f"{name}:commits")
+        pipeline.zrem(f"{PREFIX}batches:{batch.owner}", batch.id)
+        pipeline.zrem(f"{PREFIX}ended", batch.id)
+        pipeline.execute()
+        remove_tree(self.folder(batch.id))
+
+    def _require(self, done: object, lease: Lease, reached: set[BatchState]) -> None:
+        """A step that was refused has been done after all if only its answer was lost."""
+        if not done and self.get(lease.spec.owner, lease.batch_id).state not in reached:
+            raise LeaseLost()
+
+    def _read(self, ids: Sequence[str]) -> Sequence[Batch | None]:
+        pipeline = self._redis.pipeline(transaction=False)
+        for batch_id in ids:
+            pipeline.hgetall(f"{PREFIX}batch:{batch_id}")
+            pipeline.lrange(f"{PREFIX}batch:{batch_id}:problems", 0, -1)
+        rows = pipeline.execute()
+        return [
+            _decode(fields, problems) if fields else None
+            for fields, problems in zip(rows[::2], rows[1::2], strict=True)
+        ]
+
+
+def _decode(fields: dict[bytes, bytes], problems: Sequence[bytes]) -> Batch:
+    texts = {name.decode(): value.decode() for name, value in fields.items() if value != b""}
+    spec = msgspec.json.decode(texts["spec"], type=dict)
+    known = {name: texts[name] for name in texts if name in Batch.__struct_fields__}
+    known["problems"] = [msgspec.json.decode(problem) for problem in problems]  # type: ignore[assignment]
+    return msgspec.convert({**known, **spec}, Batch, strict=False)

@@ -1,0 +1,372 @@
+"""Interactive requests on their way to a consumer and their answers on the way back.
+
+The body waits in a key of its own; the ticket names it, and taking the body (GETDEL) is the claim,
+so a duplicate ticket finds nothing. Every API process has one capped stream, its inbox, that all
+its answers come back on, read by one thread. If a consumer vanishes before the first word, the
+API's side submits the request once more; after that it fails explicitly.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
+
+import msgspec
+
+from shared.connection import PREFIX, Connection
+from shared.errors import (
+    EngineCrashed,
+    ModelUnavailable,
+    QueueUnavailable,
+    RateLimited,
+    RequestTimedOut,
+    VlmqError,
+    from_code,
+)
+from shared.ids import new_id
+from shared.log import get_logger
+from shared.presence import Presence
+from shared.queue import Tickets, chat_queue
+
+log = get_logger(__name__)
+
+ABORTS = f"{PREFIX}aborts"
+"""The channel that names requests whose clients went away."""
+_OPEN = f"{PREFIX}chats"
+_INBOX_LENGTH = 50_000
+_INBOX_TTL_S = 120
+_CHECK_AFTER_S = 1.0
+_MAX_SUBMISSIONS = 2
+
+
+class ChatJob(msgspec.Struct, frozen=True, array_like=True):
+    """What a consumer gets. ``deadline`` is in Unix seconds."""
+
+    id: str
+    owner: str
+    model: str
+    body: bytes
+    inbox: str
+    deadline: float
+    submission: int = 1
+
+
+class ChatEnd(msgspec.Struct, frozen=True):
+    """The answer is complete."""
+
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class ChatEvent(msgspec.Struct, frozen=True, array_like=True):
+    """One thing that happened to a request; ``kind`` says which of the other fields count."""
+
+    id: str
+    submission: int
+    kind: Literal["claimed", "delta", "end", "error"]
+    text: str = ""
+    """The consumer's name, the delta, the finish reason, or the error's message."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    code: str = ""
+    param: str | None = None
+
+
+_events = msgspec.msgpack.Decoder(list[ChatEvent])
+
+
+# --- the API's side ---------------------------------------------------------------------------
+
+
+class ChatQueue:
+    """Submits chat requests and hands their events to whoever waits."""
+
+    def __init__(
+        self, client: Connection, tickets: Tickets, presence: Presence, *, max_open: int
+    ) -> None:
+        self._redis: Any = client
+        self.tickets = tickets
+        self.presence = presence
+        self._max_open = max_open
+        self._inbox = f"{PREFIX}inbox:{new_id('api_')}"
+        self._replies: dict[str, ChatReply] = {}
+        self._lock = threading.Lock()
+        self._reader: threading.Thread | None = None
+        self._closed = threading.Event()
+
+    def submit(self, *, owner: str, model: str, body: bytes, timeout_s: float) -> ChatReply:
+        """Put a validated request in line.
+
+        Raises: ModelUnavailable when no replica is ready, RateLimited, QueueUnavailable.
+        """
+        if not self.presence.serving(model):
+            raise ModelUnavailable(
+                f"no running worker serves the model '{model}' right now", param="model"
+            )
+        deadline = time.time() + timeout_s
+        job = ChatJob(new_id("chatcmpl-"), owner, model, body, self._inbox, deadline)
+        self._start_reader()
+        reply = ChatReply(self, job)
+        with self._lock:
+            self._replies[job.id] = reply
+        try:
+            self._enter(job)
+            self.send(job)
+        except VlmqError:
+            self.forget(job.id)
+            raise
+        return reply
+
+    def _enter(self, job: ChatJob) -> None:
+        pipeline = self._redis.pipeline()
+        pipeline.zremrangebyscore(_OPEN, "-inf", time.time())
+        pipeline.zcard(_OPEN)
+        pipeline.zadd(_OPEN, {job.id: job.deadline})
+        is_open = pipeline.execute()[1]
+        if is_open >= self._max_open:
+            self._redis.zrem(_OPEN, job.id)
+            raise RateLimited(f"{is_open} chat requests are open already; try again shortly")
+
+    def send(self, job: ChatJob) -> None:
+        """Write the body and publish a ticket for it."""
+        left_ms = max(1, int((job.deadline - time.time()) * 1000))
+        self._redis.set(_body_key(job.id), msgspec.msgpack.encode(job), px=left_ms)
+        self.tickets.chat(job.model, job.id)
+
+    def is_waiting(self, job: ChatJob) -> bool:
+        """Whether no consumer has taken the request yet."""
+        return bool(self._redis.exists(_body_key(job.id)))
+
+    def withdraw(self, chat_id: str) -> None:
+        """Take a request back, wherever it is."""
+        pipeline = self._redis.pipeline()
+        pipeline.delete(_body_key(chat_id))
+        pipeline.publish(ABORTS, chat_id)
+        pipeline.execute()
+
+    def forget(self, chat_id: str) -> None:
+        """Nobody waits for this request any more."""
+        with self._lock:
+            self._replies.pop(chat_id, None)
+        try:
+            self._redis.zrem(_OPEN, chat_id)
+        except QueueUnavailable:
+            log.warning("chat_not_closed", chat_id=chat_id)  # its entry ends at its deadline
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._closed.set()
+
+    def _start_reader(self) -> None:
+        with self._lock:
+            if self._reader is None:
+                self._reader = threading.Thread(target=self._read, name="inbox", daemon=True)
+                self._reader.start()
+
+    def _read(self) -> None:
+        last = b"0"
+        while not self._closed.is_set():
+            try:
+                found = self._redis.xread({self._inbox: last}, count=500, block=1000)
+            except QueueUnavailable:
+                self._closed.wait(0.2)
+                continue
+            for _, entries in found:
+                for entry_id, fields in entries:
+                    last = entry_id
+                    self._dispatch(_events.decode(fields[b"e"]))
+
+    def _dispatch(self, events: Sequence[ChatEvent]) -> None:
+        for event in events:
+            reply = self._replies.get(event.id)
+            if reply is not None:
+                reply.deliver(event)
+
+
+class ChatReply:
+    """The answer to one request, as it comes."""
+
+    def __init__(self, queue: ChatQueue, job: ChatJob) -> None:
+        self.id = job.id
+        self._queue = queue
+        self._job = job
+        self._events: SimpleQueue[ChatEvent] = SimpleQueue()
+        self._consumer: str | None = None
+        self._started = False
+        self._ended = False
+        self._heard_at = time.monotonic()
+
+    def deliver(self, event: ChatEvent) -> None:
+        """Called by the inbox's thread."""
+        self._events.put(event)
+
+    def next(self, timeout_s: float) -> str | ChatEnd | None:
+        """A piece of text, the end, or ``None`` if nothing came within ``timeout_s``.
+
+        Raises: what the consumer reported; RequestTimedOut; EngineCrashed if the consumer died.
+        """
+        event = self._take(timeout_s)
+        if event is None:
+            self._look_after()
+            return None
+        self._heard_at = time.monotonic()
+        if event.submission != self._job.submission or event.kind == "claimed":
+            if event.submission == self._job.submission:
+                self._consumer = event.text
+            return None
+        if event.kind == "delta":
+            self._started = True
+            return event.text
+        self._ended = True
+        if event.kind == "error":
+            raise from_code(event.code, event.text, event.param)
+        return ChatEnd(event.text, event.prompt_tokens, event.completion_tokens)
+
+    def abort(self) -> None:
+        """The client went away: stop the work. Harmless when repeated or too late."""
+        if not self._ended:
+            self._ended = True
+            self._queue.withdraw(self.id)
+        self.close()
+
+    def close(self) -> None:
+        """Let go."""
+        self._queue.forget(self.id)
+
+    def _take(self, timeout_s: float) -> ChatEvent | None:
+        try:
+            return self._events.get(timeout=timeout_s)
+        except Empty:
+            return None
+
+    def _look_after(self) -> None:
+        """Nothing was heard for a while: find out whether anything still can be."""
+        if time.time() > self._job.deadline:
+            self.abort()
+            raise RequestTimedOut()
+        if time.monotonic() - self._heard_at < _CHECK_AFTER_S:
+            return
+        self._heard_at = time.monotonic()
+        try:
+            if self._consumer is not None:
+                if not self._queue.presence.consumer_alive(self._consumer):
+                    self._again()
+            elif not self._queue.is_waiting(self._job):
+                self._again()
+            elif self._queue.tickets.waiting(chat_queue(self._job.model)) == 0:
+                self._queue.tickets.chat(self._job.model, self._job.id)  # its ticket was lost
+        except QueueUnavailable:
+            log.warning(
+                "chat_unwatched", chat_id=self.id
+            )  # Redis may come back before the deadline
+
+    def _again(self) -> None:
+        if self._started or self._job.submission >= _MAX_SUBMISSIONS:
+            self.abort()
+            raise EngineCrashed("the worker that answered this request died; send it again")
+        log.warning("chat_resubmitted", chat_id=self.id, consumer=self._consumer)
+        self._job = msgspec.structs.replace(self._job, submission=self._job.submission + 1)
+        self._consumer = None
+        self._queue.send(self._job)
+
+
+# --- the consumer's side ----------------------------------------------------------------------
+
+
+class ChatDesk:
+    """Takes requests and sends events; all streams of a process share one writer thread."""
+
+    def __init__(self, client: Connection, *, coalesce_s: float = 0.02) -> None:
+        self._redis: Any = client
+        self._coalesce_s = coalesce_s
+        self._pending: deque[tuple[str, ChatEvent]] = deque()
+        self._wake = threading.Event()
+        self._closed = False
+        self._writer = threading.Thread(target=self._write, name="replies", daemon=True)
+        self._writer.start()
+
+    def take(self, chat_id: str) -> ChatJob | None:
+        """Claim a request; ``None`` if another ticket did, or its client went away."""
+        raw = self._redis.getdel(_body_key(chat_id))
+        return None if raw is None else msgspec.msgpack.decode(raw, type=ChatJob)
+
+    def send(self, inbox: str, event: ChatEvent) -> None:
+        """Send an event soon; never blocks."""
+        self._pending.append((inbox, event))
+        self._wake.set()
+
+    def watch_aborts(self, on_abort: Callable[[str], None]) -> None:
+        """Call ``on_abort`` with each request whose client went away, for ever. Needs a thread."""
+        while not self._closed:
+            try:
+                with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
+                    channel.subscribe(ABORTS)
+                    while not self._closed:
+                        message = channel.get_message(timeout=1.0)
+                        if message is not None:
+                            on_abort(message["data"].decode())
+            except (QueueUnavailable, OSError):
+                time.sleep(0.5)
+
+    def close(self) -> None:
+        """Send what is pending and stop."""
+        self._closed = True
+        self._wake.set()
+        self._writer.join(timeout=5)
+
+    def _write(self) -> None:
+        while not (self._closed and not self._pending):
+            self._wake.wait(timeout=1.0)
+            self._wake.clear()
+            if not self._pending:
+                continue
+            batch = [self._pending.popleft() for _ in range(len(self._pending))]
+            self._flush(batch)
+            # First words leave at once; a flood of them leaves a handful of times per second.
+            if len(batch) > 1 or self._pending:
+                time.sleep(self._coalesce_s)
+
+    def _flush(self, batch: list[tuple[str, ChatEvent]]) -> None:
+        by_inbox: dict[str, list[ChatEvent]] = {}
+        for inbox, event in batch:
+            by_inbox.setdefault(inbox, []).append(event)
+        while True:
+            try:
+                pipeline = self._redis.pipeline(transaction=False)
+                for inbox, events in by_inbox.items():
+                    body = msgspec.msgpack.encode(_coalesced(events))
+                    pipeline.xadd(inbox, {"e": body}, maxlen=_INBOX_LENGTH, approximate=True)
+                    pipeline.expire(inbox, _INBOX_TTL_S)
+                pipeline.execute()
+                return
+            except QueueUnavailable:
+                if self._closed:
+                    log.error("replies_lost", events=len(batch))
+                    return
+                time.sleep(0.2)
+
+
+def _coalesced(events: list[ChatEvent]) -> list[ChatEvent]:
+    """Join deltas of one request that nothing else of it comes between."""
+    joined: list[ChatEvent] = []
+    open_deltas: dict[str, int] = {}
+    for event in events:
+        at = open_deltas.get(event.id)
+        if event.kind == "delta" and at is not None and joined[at].submission == event.submission:
+            joined[at] = msgspec.structs.replace(joined[at], text=joined[at].text + event.text)
+            continue
+        if event.kind == "delta":
+            open_deltas[event.id] = len(joined)
+        else:
+            open_deltas.pop(event.id, None)
+        joined.append(event)
+    return joined
+
+
+def _body_key(chat_id: str) -> str:
+    return f"{PREFIX}chat:{chat_id}"

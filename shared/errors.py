@@ -1,0 +1,314 @@
+"""Every failure vlmq reports, as one tree.
+
+An exception's docstring is its default message. ``code`` is what a client sees; ``retryable``
+says whether the same request may succeed later. HTTP statuses live in ``shared.statuses`` so that
+the API and the lines of a batch's error file agree.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class VlmqError(Exception):
+    """Something went wrong inside vlmq; the log has the details."""
+
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        self.message = message or (type(self).__doc__ or "").strip().splitlines()[0]
+        self.param = param
+        super().__init__(self.message)
+
+
+# --- the request is wrong ---------------------------------------------------------------------
+
+
+class InvalidRequest(VlmqError):
+    """The request is not valid."""
+
+    code = "invalid_request"
+
+
+class InvalidValue(InvalidRequest):
+    """A field has a value of the wrong type or outside its range."""
+
+    code = "invalid_value"
+
+
+class InvalidJson(InvalidRequest):
+    """The text is not valid JSON."""
+
+    code = "invalid_json"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """This parameter is not supported."""
+
+    code = "unsupported_parameter"
+
+
+class DuplicateCustomId(InvalidRequest):
+    """An earlier line of this file already uses this custom_id; custom_ids must be unique."""
+
+    code = "duplicate_custom_id"
+
+
+class ModelMismatch(InvalidRequest):
+    """All lines of a batch must name the same model."""
+
+    code = "model_mismatch"
+
+
+class EmptyFile(InvalidRequest):
+    """The file holds no requests."""
+
+    code = "empty_file"
+
+
+class FileInUse(InvalidRequest):
+    """The file is the input of a batch that has not finished; cancel the batch first."""
+
+    code = "file_in_use"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt and its images are longer than the model's session length."""
+
+    code = "context_length_exceeded"
+
+
+class RemoteCodeRefused(InvalidRequest):
+    """The checkpoint carries its own code; link it with --trust-remote-code to run it."""
+
+    code = "remote_code_refused"
+
+
+class IdempotencyMismatch(InvalidRequest):
+    """This Idempotency-Key was used before with another request."""
+
+    code = "idempotency_mismatch"
+
+
+class IdempotencyInProgress(VlmqError):
+    """A request with this Idempotency-Key is still being worked on; try again shortly."""
+
+    code = "idempotency_in_progress"
+    retryable = True
+
+
+class BodyTooLarge(VlmqError):
+    """The request body is larger than this server accepts."""
+
+    code = "body_too_large"
+
+
+class NotAuthenticated(VlmqError):
+    """No valid API key was sent; pass one as 'Authorization: Bearer <key>'."""
+
+    code = "invalid_api_key"
+
+
+class Forbidden(VlmqError):
+    """This API key may not do that."""
+
+    code = "forbidden"
+
+
+class NotFound(VlmqError):
+    """There is no such object."""
+
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """There is no such model; GET /v1/models lists those linked."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowed(VlmqError):
+    """This address does not answer that HTTP method."""
+
+    code = "method_not_allowed"
+
+
+class RateLimited(VlmqError):
+    """Too many requests wait already; try again shortly."""
+
+    code = "rate_limited"
+    retryable = True
+
+
+# --- an image is wrong ------------------------------------------------------------------------
+
+
+class ImageError(InvalidRequest):
+    """The image cannot be used."""
+
+    code = "image_invalid"
+
+
+class ImageUnreadable(ImageError):
+    """The bytes are not an image of a supported type (JPEG, PNG, WebP, GIF, BMP or TIFF)."""
+
+    code = "image_unreadable"
+
+
+class ImageTruncated(ImageError):
+    """The image ends before its last pixel; the file was probably not copied in full."""
+
+    code = "image_truncated"
+
+
+class ImageTooLarge(ImageError):
+    """The image has more pixels or bytes than this server accepts."""
+
+    code = "image_too_large"
+
+
+class ImageNotFound(ImageError):
+    """There is no image at that place."""
+
+    code = "image_not_found"
+
+
+class ImageForbidden(ImageError):
+    """Images may not be read from that place."""
+
+    code = "image_forbidden"
+
+
+class ImageDownloadFailed(ImageError):
+    """The image could not be downloaded."""
+
+    code = "image_download_failed"
+
+
+# --- the work could not be done ---------------------------------------------------------------
+
+
+class EngineError(VlmqError):
+    """The engine failed on this request."""
+
+    code = "engine_error"
+
+
+class EngineCrashed(EngineError):
+    """The engine process died while this request was inside it."""
+
+    code = "engine_crashed"
+    retryable = True
+
+
+class EngineBusy(EngineError):
+    """The engine's queue is full."""
+
+    code = "engine_busy"
+    retryable = True
+
+
+class EngineUnavailable(EngineError):
+    """No engine for this model answers on this machine right now."""
+
+    code = "engine_unavailable"
+    retryable = True
+
+
+class EngineSetupFailed(EngineError):
+    """The engine could not load its model."""
+
+    code = "engine_setup_failed"
+
+
+class WorkerCrashed(VlmqError):
+    """The worker process died each time it worked on this request; it was given up."""
+
+    code = "worker_crashed"
+
+
+class RequestAborted(VlmqError):
+    """The client went away or the job was cancelled before the answer was complete."""
+
+    code = "request_aborted"
+
+
+class ModelUnavailable(VlmqError):
+    """No running worker serves this model; start one with 'vlmq worker'."""
+
+    code = "model_unavailable"
+    retryable = True
+
+
+class RequestTimedOut(VlmqError):
+    """No answer came in time."""
+
+    code = "timeout"
+    retryable = True
+
+
+class BatchCancelled(VlmqError):
+    """The batch was cancelled before this request ran."""
+
+    code = "batch_cancelled"
+
+
+class BatchExpired(VlmqError):
+    """The batch's completion window ended before this request ran."""
+
+    code = "batch_expired"
+
+
+# --- the ground gave way ----------------------------------------------------------------------
+
+
+class StorageFull(VlmqError):
+    """The disk that holds vlmq's data is full; nothing was lost, free some space and go on."""
+
+    code = "storage_full"
+    retryable = True
+
+
+class StorageFailed(VlmqError):
+    """The shared storage could not be read or written."""
+
+    code = "storage_failed"
+    retryable = True
+
+
+class QueueUnavailable(VlmqError):
+    """Redis does not answer; nothing was lost, try again shortly."""
+
+    code = "queue_unavailable"
+    retryable = True
+
+
+class LeaseLost(VlmqError):
+    """Another worker holds this piece of work now; what this one computed is dropped."""
+
+    code = "lease_lost"
+
+
+class IllegalTransition(VlmqError):
+    """The job is not in a state that allows this."""
+
+    code = "illegal_transition"
+
+
+class ConfigurationError(VlmqError):
+    """The configuration is not valid."""
+
+    code = "configuration_error"
+
+
+def _tree(cls: type[VlmqError]) -> list[type[VlmqError]]:
+    return [cls, *(leaf for sub in cls.__subclasses__() for leaf in _tree(sub))]
+
+
+BY_CODE: dict[str, type[VlmqError]] = {cls.code: cls for cls in reversed(_tree(VlmqError))}
+
+
+def from_code(code: str, message: str, param: str | None = None) -> VlmqError:
+    """The error a peer reported by its code; an unknown code becomes a plain :class:`VlmqError`."""
+    return BY_CODE.get(code, VlmqError)(message, param=param)

@@ -1,0 +1,16 @@
+-- Output and error files are on disk. ARGV: id, token, input file id, terminal state,
+-- output file id, error file id, completed, failed -> 1, or 0 if the lease was lost.
+local id, token, input, state, output, errors, completed, failed = unpack(ARGV)
+if not holds(id, 'final', token) then return 0 end
+drop_lease(id, 'final')
+redis.call('HSET', key(id), 'output_file_id', output, 'error_file_id', errors,
+  'completed', completed, 'failed', failed)
+redis.call('HDEL', key(id), 'warning')
+transition(id, state)
+leave_lane(id)
+redis.call('ZADD', P .. 'ended', math.floor(now_ms() / 1000), id)
+redis.call('ZREM', P .. 'deadlines', id)
+redis.call('SREM', P .. 'users:' .. input, id)
+redis.call('DEL', key(id, 'retry'), key(id, 'attempts'), key(id, 'leases'),
+  key(id, 'commits'))
+return 1

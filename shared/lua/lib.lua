@@ -1,0 +1,97 @@
+-- Common ground of all scripts; shared/scripts.py puts it in front of each.
+-- A "unit" is a piece of work that one worker may hold: 'plan', 'final' or a chunk's number.
+-- A "lane" is where batches with work for one kind of worker wait, by owner.
+local P = 'vlmq:'
+local TRANSITIONS = cjson.decode([==[@TRANSITIONS@]==])
+local CONTROL = 'control'
+local MAX_PROBLEMS = 100
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+end
+
+local function key(id, part)
+  if part then return P .. 'batch:' .. id .. ':' .. part end
+  return P .. 'batch:' .. id
+end
+
+local function field(id, name)
+  local value = redis.call('HGET', key(id), name)
+  if value == false or value == '' then return nil end
+  return value
+end
+
+local function leave_lane(id)
+  local lane = field(id, 'lane')
+  if not lane then return end
+  local owner = field(id, 'owner')
+  local queue = P .. 'lane:' .. lane .. '|' .. owner
+  redis.call('LREM', queue, 0, id)
+  if redis.call('EXISTS', queue) == 0 then
+    redis.call('LREM', P .. 'owners:' .. lane, 0, owner)
+  end
+  if redis.call('EXISTS', P .. 'owners:' .. lane) == 0 then
+    redis.call('SREM', P .. 'lanes', lane)
+  end
+  redis.call('HDEL', key(id), 'lane')
+end
+
+local function enter_lane(id, lane)
+  leave_lane(id)
+  local owner = field(id, 'owner')
+  local owners = P .. 'owners:' .. lane
+  redis.call('HSET', key(id), 'lane', lane)
+  redis.call('LPUSH', P .. 'lane:' .. lane .. '|' .. owner, id)
+  if not redis.call('LPOS', owners, owner) then redis.call('LPUSH', owners, owner) end
+  redis.call('SADD', P .. 'lanes', lane)
+end
+
+-- The only place that changes a state. Answers whether it did.
+local function transition(id, to)
+  local from = field(id, 'state')
+  if not from or not TRANSITIONS[from][to] then return false end
+  local at = math.floor(now_ms() / 1000)
+  redis.call('HSET', key(id), 'state', to, to .. '_at', at)
+  redis.call('RPUSH', key(id, 'events'), cjson.encode({ at = at, from = from, to = to }))
+  return true
+end
+
+local function offer(id, unit, not_before_ms)
+  redis.call('ZADD', key(id, 'retry'), not_before_ms, unit)
+end
+
+-- Finalize when no chunk is left to do, or when a stop was asked for and nobody holds a chunk.
+local function settle(id)
+  local state = field(id, 'state')
+  if state ~= 'in_progress' and state ~= 'validating' then return false end
+  if redis.call('HLEN', key(id, 'leases')) > 0 then return false end
+  local stopped = field(id, 'stop_reason')
+  local done = state == 'in_progress'
+    and tonumber(field(id, 'committed') or 0) >= tonumber(field(id, 'chunks') or 0)
+  if not stopped and not done then return false end
+  transition(id, 'finalizing')
+  redis.call('DEL', key(id, 'retry'))
+  enter_lane(id, CONTROL)
+  offer(id, 'final', 0)
+  return true
+end
+
+local function holder(id, unit)
+  local held = redis.call('HGET', key(id, 'leases'), unit)
+  if not held then return nil end
+  local token, worker = string.match(held, '^(%d+) (.*)$')
+  return tonumber(token), worker
+end
+
+local function drop_lease(id, unit)
+  local _, worker = holder(id, unit)
+  local member = id .. '|' .. unit
+  redis.call('HDEL', key(id, 'leases'), unit)
+  redis.call('ZREM', P .. 'leases', member)
+  if worker then redis.call('SREM', P .. 'held:' .. worker, member) end
+end
+
+local function holds(id, unit, token)
+  return holder(id, unit) == tonumber(token)
+end

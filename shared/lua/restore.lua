@@ -1,0 +1,21 @@
+-- Put a batch that Redis lost back from what shared storage holds. Does nothing if it is there.
+-- ARGV: id, input file id, created_at ms, expires_at s, terminal (1/0), commits (binary),
+-- problems (JSON list), missing chunks (JSON list), then field, value... of the record -> 1 or 0.
+local id, input, created_ms, expires_at, terminal, commits = unpack(ARGV)
+if redis.call('EXISTS', key(id)) == 1 then return 0 end
+for i = 9, #ARGV, 2 do redis.call('HSET', key(id), ARGV[i], ARGV[i + 1]) end
+for _, problem in ipairs(cjson.decode(ARGV[7])) do
+  redis.call('RPUSH', key(id, 'problems'), problem)
+end
+redis.call('ZADD', P .. 'batches:' .. field(id, 'owner'), created_ms, id)
+if terminal == '1' then
+  redis.call('ZADD', P .. 'ended', created_ms / 1000, id)
+  return 1
+end
+redis.call('SET', key(id, 'commits'), commits)
+for _, chunk in ipairs(cjson.decode(ARGV[8])) do offer(id, tostring(chunk), 0) end
+redis.call('ZADD', P .. 'deadlines', expires_at, id)
+redis.call('SADD', P .. 'users:' .. input, id)
+enter_lane(id, 'model/' .. field(id, 'model'))
+settle(id)
+return 1

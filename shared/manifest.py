@@ -1,0 +1,123 @@
+"""A batch's manifest: where each chunk lies in the input file, on shared storage.
+
+``chunks.bin`` holds one fixed-size record per chunk, so that a consumer reads only the one it
+needs and memory does not grow with the batch; ``duplicates.bin`` holds the numbers of the lines
+whose custom_id an earlier line used, sorted; ``plan.json``, written last, makes the plan whole.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from shared.errors import StorageFailed
+from shared.storage import atomic_file, read_json, storage_errors, write_json
+
+_RECORD = struct.Struct("<QQQI")
+_LINE = struct.Struct("<Q")
+_BUFFER = 1 << 16
+
+UNREADABLE = 0
+"""The length of a chunk that is one line longer than lines may be; nobody reads it."""
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """Some consecutive lines of the input: ``length`` bytes at ``offset``.
+
+    ``first_line`` counts physical lines from 1; ``items`` counts the lines that are not blank.
+    """
+
+    index: int
+    offset: int
+    length: int
+    first_line: int
+    items: int
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What planning found."""
+
+    model: str
+    chunks: int
+    total: int
+
+
+class ManifestWriter:
+    """Writes a manifest below ``folder``; ``finish`` makes it visible."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write_chunks(self, chunks: Iterable[Chunk]) -> int:
+        """Write the chunk records as they come; returns how many."""
+        count = 0
+        with atomic_file(self._folder / "chunks.bin") as stream:
+            for chunk in chunks:
+                stream.write(
+                    _RECORD.pack(chunk.offset, chunk.length, chunk.first_line, chunk.items)
+                )
+                count += 1
+        return count
+
+    def write_duplicates(self, lines: Iterable[int]) -> None:
+        """Write the sorted numbers of lines with a custom_id used before."""
+        with atomic_file(self._folder / "duplicates.bin") as stream:
+            for line in lines:
+                stream.write(_LINE.pack(line))
+
+    def finish(self, plan: Plan) -> None:
+        """Make the plan whole."""
+        write_json(self._folder / "plan.json", plan)
+
+
+class Manifest:
+    """Reads a finished manifest. Raises StorageFailed where it is damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        plan = read_json(folder / "plan.json")
+        if plan is None:
+            raise StorageFailed(f"{folder}: the manifest is missing")
+        self.plan = msgspec.convert(plan, Plan)
+        self._folder = folder
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether planning was finished."""
+        return (folder / "plan.json").exists()
+
+    def chunk(self, index: int) -> Chunk:
+        """The chunk number ``index``, from 0."""
+        with storage_errors(self._folder), open(self._folder / "chunks.bin", "rb") as stream:
+            record = os.pread(stream.fileno(), _RECORD.size, index * _RECORD.size)
+        if len(record) != _RECORD.size:
+            raise StorageFailed(f"{self._folder}: the manifest has no chunk {index}")
+        return Chunk(index, *_RECORD.unpack(record))
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All chunks in order, a buffer at a time."""
+        with storage_errors(self._folder), open(self._folder / "chunks.bin", "rb") as stream:
+            index = 0
+            while block := stream.read(_RECORD.size * (_BUFFER // _RECORD.size)):
+                for record in _RECORD.iter_unpack(block):
+                    yield Chunk(index, *record)
+                    index += 1
+
+    def duplicates(self, first_line: int, last_line: int) -> frozenset[int]:
+        """The duplicate lines between two line numbers, both included."""
+        path = self._folder / "duplicates.bin"
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            return frozenset()
+        with storage_errors(path), open(path, "rb") as stream:
+            with mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ) as data:
+                with memoryview(data) as raw, raw.cast("Q") as lines:
+                    start = bisect_left(lines, first_line)
+                    stop = bisect_left(lines, last_line + 1)
+                    return frozenset(lines[start:stop])

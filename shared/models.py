@@ -1,0 +1,150 @@
+"""The registry of models: one small file per model on shared storage, read by every program.
+
+Linking records where a checkpoint is and on what terms it may run; the checkpoint itself is
+neither copied nor touched.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+
+from shared.clock import unix_now
+from shared.errors import InvalidValue, ModelNotFound, StorageFailed
+from shared.storage import Layout, read_json, storage_errors, write_json
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
+_CACHE_S = 1.0
+
+
+class ModelDefaults(msgspec.Struct, frozen=True):
+    """Generation parameters for requests that do not say; the usual ones for InternVL2."""
+
+    max_tokens: int = 1024
+    temperature: float = 0.8
+    top_p: float = 0.8
+    top_k: int = 40
+    repetition_penalty: float = 1.0
+
+
+class ModelRecord(msgspec.Struct, frozen=True):
+    """A linked model. ``path`` is its checkpoint's folder; ``visible_to`` one owner, or everyone.
+
+    ``trust_remote_code`` is the consent of whoever linked it to run code from that folder.
+    """
+
+    name: str
+    path: str | None
+    engine: str | None
+    trust_remote_code: bool
+    created: int
+    owned_by: str
+    defaults: ModelDefaults = ModelDefaults()
+    visible_to: str | None = None
+
+
+class ModelRegistry:
+    """Link, look up, list and remove models."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._folder = layout.models
+        self._cache: dict[str, ModelRecord] = {}
+        self._cached_at = float("-inf")
+        self._lock = threading.Lock()
+
+    def link(
+        self,
+        name: str,
+        path: Path | None,
+        *,
+        engine: str | None = None,
+        trust_remote_code: bool = False,
+        owner: str = "vlmq",
+        defaults: ModelDefaults = ModelDefaults(),  # noqa: B008 - frozen
+        replace: bool = False,
+    ) -> ModelRecord:
+        """Record a model under ``name``. ``path`` may be ``None`` for engines without weights.
+
+        Raises: InvalidValue naming what is wrong with the name or the folder.
+        """
+        if not _NAME.fullmatch(name) or ".." in name:
+            raise InvalidValue(
+                "a model's name starts with a letter or digit and holds at most 128 letters, "
+                "digits and . _ : / @ + -",
+                param="name",
+            )
+        if not replace and name in self._read_all():
+            raise InvalidValue(f"a model named '{name}' is linked already", param="name")
+        record = ModelRecord(
+            name=name,
+            path=None if path is None else str(_checked_folder(path)),
+            engine=engine,
+            trust_remote_code=trust_remote_code,
+            created=unix_now(),
+            owned_by=owner,
+            defaults=defaults,
+        )
+        write_json(self._file(name), record)
+        self._cached_at = float("-inf")
+        return record
+
+    def get(self, name: str) -> ModelRecord:
+        """The model ``name``. Raises: ModelNotFound. May be a second old."""
+        record = self._all().get(name)
+        if record is None:
+            raise ModelNotFound(
+                f"there is no model '{name}'; GET /v1/models lists those linked", param="model"
+            )
+        return record
+
+    def list(self) -> list[ModelRecord]:
+        """All models, by name."""
+        return sorted(self._read_all().values(), key=lambda record: record.name)
+
+    def remove(self, name: str) -> None:
+        """Forget a model; its folder stays. Raises: ModelNotFound."""
+        with storage_errors(self._folder):
+            try:
+                self._file(name).unlink()
+            except FileNotFoundError:
+                raise ModelNotFound(f"there is no model '{name}'", param="name") from None
+        self._cached_at = float("-inf")
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{quote(name, safe='')}.json"
+
+    def _all(self) -> dict[str, ModelRecord]:
+        with self._lock:
+            if time.monotonic() - self._cached_at > _CACHE_S:
+                self._cache = self._read_all()
+                self._cached_at = time.monotonic()
+            return self._cache
+
+    def _read_all(self) -> dict[str, ModelRecord]:
+        found: dict[str, ModelRecord] = {}
+        for path in self._folder.glob("*.json"):
+            if path.name.startswith("."):
+                continue
+            value = read_json(path)
+            if value is None:
+                continue
+            try:
+                record = msgspec.convert(value, ModelRecord)
+            except msgspec.ValidationError as error:
+                raise StorageFailed(f"{path} is not a model record: {error}") from error
+            found[record.name] = record
+        return found
+
+
+def _checked_folder(path: Path) -> Path:
+    folder = path.expanduser().absolute()
+    if not folder.is_dir():
+        raise InvalidValue(f"{folder} is not a folder", param="path")
+    if not (folder / "config.json").is_file():
+        raise InvalidValue(f"{folder} holds no config.json; is it a checkpoint?", param="path")
+    return folder

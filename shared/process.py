@@ -1,0 +1,31 @@
+"""Tying the life of a process to its parent's."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int | None = None) -> bool:
+    """Have the kernel kill this process (SIGKILL) when its parent dies.
+
+    ``parent_pid`` is the parent's id as the parent itself gave it; if the parent is gone already,
+    this process exits here with status 1. Without it only a death during this call is noticed.
+    Returns False on systems other than Linux, where nothing is done. Linux watches the *thread*
+    that started this process: start long-lived children from a thread that lives as long.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    expected = os.getppid() if parent_pid is None else parent_pid
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    # The parent may have died before the kernel knew what to do about it.
+    if os.getppid() != expected:
+        os._exit(1)
+    return True

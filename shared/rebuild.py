@@ -1,0 +1,189 @@
+"""Restoring Redis from shared storage, for when it was lost.
+
+Everything that was acknowledged to a client is on disk: files, what batches were asked, their
+manifests, committed shards, requests to stop, and how they ended. Work in progress is claimed
+anew. What is still in Redis is left as it is, so this may be run at any time, more than once.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shared.batches import BatchStore
+from shared.connection import Connection
+from shared.files import FileRecord, FileStore
+from shared.jobs import Batch, BatchProblem, BatchSpec, BatchState
+from shared.manifest import Manifest
+from shared.scripts import Scripts
+from shared.shards import find_shards, read_header
+from shared.storage import Layout, read_json
+
+_TOKEN_LEAP = 1 << 20
+"""New tokens start this far above those on disk, out of reach of any that was still in use."""
+
+_MAX_PROBLEMS = 100
+
+
+class RebuildReport(msgspec.Struct):
+    """What was put back."""
+
+    files: int = 0
+    batches: int = 0
+    chunks_kept: int = 0
+
+
+class Rebuild:
+    """One pass over shared storage."""
+
+    def __init__(
+        self,
+        client: Connection,
+        scripts: Scripts,
+        layout: Layout,
+        files: FileStore,
+        batches: BatchStore,
+    ) -> None:
+        self._redis: Any = client
+        self._scripts = scripts
+        self._layout = layout
+        self._files = files
+        self._batches = batches
+        self.report = RebuildReport()
+
+    def run(self) -> RebuildReport:
+        """Put back what Redis lacks. Raises: QueueUnavailable, StorageFailed."""
+        for folder in _visible(self._layout.files):
+            self._file(folder)
+        for folder in _visible(self._layout.batches):
+            self._batch(folder)
+        return self.report
+
+    def _file(self, folder: Path) -> None:
+        value = read_json(folder / "file.json")
+        if value is None:
+            return  # an upload that was never whole
+        self._files.index(msgspec.convert(value, FileRecord))
+        self.report.files += 1
+
+    def _batch(self, folder: Path) -> None:
+        value = read_json(folder / "batch.json")
+        if value is None:
+            return  # its creation was never acknowledged
+        spec = msgspec.convert(value, BatchSpec)
+        final = read_json(folder / "final.json")
+        if final is not None:
+            ended = msgspec.convert(final, Batch)
+            self._restore(spec, _fields(ended), terminal=True, problems=ended.problems)
+        elif Manifest.exists(folder):
+            self._running(spec, folder)
+        else:
+            self._batches.enter(spec)
+            self._stop_again(spec, folder)
+        self.report.batches += 1
+
+    def _running(self, spec: BatchSpec, folder: Path) -> None:
+        plan = Manifest(folder).plan
+        tokens = self._tokens(folder)
+        headers = {
+            chunk: read_header(path) for chunk, (_, path) in tokens.items() if chunk < plan.chunks
+        }
+        upcoming = max(headers, default=-1) + 1
+        fields: dict[str, Any] = {
+            "state": BatchState.IN_PROGRESS.value,
+            "in_progress_at": spec.created_at,
+            "model": plan.model,
+            "chunks": plan.chunks,
+            "total": plan.total,
+            "next": upcoming,
+            "committed": len(headers),
+            "completed": sum(header.completed for header in headers.values()),
+            "failed": sum(header.failed for header in headers.values()),
+            "prompt_tokens": sum(header.prompt_tokens for header in headers.values()),
+            "completion_tokens": sum(header.completion_tokens for header in headers.values()),
+            "token": max((token for token, _ in tokens.values()), default=0) + _TOKEN_LEAP,
+        }
+        stop = read_json(folder / "stop.json")
+        if stop is not None:
+            fields["stop_reason"] = stop["reason"]
+            if stop["reason"] == "cancelled":
+                fields["cancelling_at"] = stop["at"]
+        commits = b"".join(
+            struct.pack("<I", tokens[chunk][0] if chunk in headers else 0)
+            for chunk in range(upcoming)
+        )
+        missing = [chunk for chunk in range(upcoming) if chunk not in headers]
+        self._restore(spec, fields, commits=commits, missing=missing, problems=_problems(folder))
+        self.report.chunks_kept += len(headers)
+
+    def _tokens(self, folder: Path) -> dict[int, tuple[int, Path]]:
+        """The highest token of each chunk that has a shard, which is the committed one."""
+        found: dict[int, tuple[int, Path]] = {}
+        for chunk, token, path in find_shards(folder):
+            if chunk not in found or token > found[chunk][0]:
+                found[chunk] = (token, path)
+        return found
+
+    def _restore(
+        self,
+        spec: BatchSpec,
+        fields: dict[str, Any],
+        *,
+        terminal: bool = False,
+        commits: bytes = b"",
+        missing: list[int] | None = None,
+        problems: list[BatchProblem] | None = None,
+    ) -> None:
+        encoded = [msgspec.json.encode(problem).decode() for problem in problems or []]
+        record = {
+            "owner": spec.owner,
+            "spec": msgspec.json.encode(spec),
+            "next": 0,
+            "chunks": 0,
+            "committed": 0,
+            "token": 0,
+            **fields,
+        }
+        self._scripts(
+            "restore",
+            spec.id,
+            spec.input_file_id,
+            spec.created_at * 1000,
+            spec.expires_at,
+            int(terminal),
+            commits,
+            msgspec.json.encode(encoded),
+            msgspec.json.encode(missing or []),
+            *(part for pair in record.items() for part in pair),
+        )
+
+    def _stop_again(self, spec: BatchSpec, folder: Path) -> None:
+        stop = read_json(folder / "stop.json")
+        if stop is not None:
+            self._scripts("stop", spec.id, stop["reason"])
+
+
+def _fields(batch: Batch) -> dict[str, Any]:
+    """The fields of the record of a batch that has ended."""
+    values = msgspec.to_builtins(batch)
+    skipped = {*BatchSpec.__struct_fields__, "problems"}
+    return {
+        name: value for name, value in values.items() if value is not None and name not in skipped
+    }
+
+
+def _problems(folder: Path) -> list[BatchProblem]:
+    found: list[BatchProblem] = []
+    paths = (folder / "problems").glob("[0-9]*.json")
+    for path in sorted(paths, key=lambda path: int(path.stem)):
+        found += msgspec.convert(read_json(path), list[BatchProblem])
+        if len(found) >= _MAX_PROBLEMS:
+            break
+    return found[:_MAX_PROBLEMS]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))

@@ -1,0 +1,273 @@
+"""Every setting of every program, in one frozen tree.
+
+Built once per process by :func:`load_settings` and passed on; nothing else reads the environment
+or a configuration file. Order: environment (``VLMQ_API__PORT=9000``) over the TOML file over the
+defaults here. An unknown key is an error that names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import tempfile
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from shared.errors import ConfigurationError
+
+MIB = 1024 * 1024
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StorageSettings(_Section):
+    """Where data lives. ``data_dir`` is shared by all nodes, ``run_dir`` is local to one."""
+
+    data_dir: Path = Path.home() / ".local" / "share" / "vlmq"
+    run_dir: Path | None = None
+    min_free_bytes: Annotated[int, Field(ge=0)] = 256 * MIB
+    """New uploads and batches are refused when the disk has less room than this."""
+    keep_files_days: float | None = None
+    """Uploaded files are deleted after this many days, unless a live batch needs them."""
+    keep_batches_days: float | None = None
+    """Finished batches and their output files are deleted after this many days."""
+
+
+class RedisSettings(_Section):
+    """Which Redis. Without ``url`` an embedded Valkey is started by ``vlmq up``."""
+
+    url: str | None = None
+    server: str | None = None
+    """The server program for the embedded Redis; found by itself when not set."""
+
+
+class ApiSettings(_Section):
+    """The HTTP front end."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    processes: Count = 1
+    threads: Count = 320
+    """Each open stream holds one thread."""
+    max_body_bytes: Count = 64 * MIB
+    """The largest JSON body, images in ``data:`` URLs included."""
+    max_upload_bytes: Count = 64 * 1024 * MIB
+    request_timeout_s: Seconds = 600
+    max_waiting_chats: Count = 2048
+    """Chat requests that may wait or run at once; more get 429."""
+
+
+class QueueSettings(_Section):
+    """Leases, tickets and chunks. The defaults were measured; see docs/benchmarks.md."""
+
+    lease_ttl_s: Seconds = 20
+    renew_s: Seconds = 5
+    reap_s: Seconds = 2
+    chunk_items: Annotated[int, Field(ge=1, le=65536)] = 256
+    chunk_bytes: Count = 8 * MIB
+    """A chunk is closed early when its lines reach this size."""
+    max_line_bytes: Count = 64 * MIB
+    ticket_window: Count = 16
+    """Most tickets that wait in Redis for one model."""
+    slice_s: Seconds = 2
+    """How long one ticket may go on claiming chunks before others have a turn."""
+    max_chunk_attempts: Annotated[int, Field(ge=2)] = 12
+    drain_s: Seconds = 25
+    """How long a stopping consumer goes on with the chunk or chats in hand."""
+
+    @model_validator(mode="after")
+    def _renewed_before_expiry(self) -> QueueSettings:
+        if self.renew_s * 2 > self.lease_ttl_s:
+            raise ValueError("renew_s must be at most half of lease_ttl_s")
+        return self
+
+
+class ImageSettings(_Section):
+    """Which images are accepted, and from where."""
+
+    roots: tuple[Path, ...] = ()
+    max_pixels: Count = 100_000_000
+    max_bytes: Count = 50 * MIB
+    max_per_request: Count = 16
+    allow_http: bool = True
+    allow_private_hosts: tuple[str, ...] = ()
+    """Hosts on private networks that images may be fetched from, such as an image server's."""
+    fetch_timeout_s: Seconds = 15
+    max_redirects: Annotated[int, Field(ge=0)] = 3
+
+
+class ServeSettings(_Section):
+    """One model that this node serves."""
+
+    model: str
+    engine: str = "transformers"
+    replicas: Count = 1
+    gpus: tuple[str, ...] = ()
+    """Replica N gets ``gpus[N % len(gpus)]`` as CUDA_VISIBLE_DEVICES; "0,1" gives it both."""
+    session_len: Count = 8192
+    max_running: Count = 32
+    options: dict[str, Any] = {}
+
+
+class NodeSettings(_Section):
+    """What runs on this machine."""
+
+    name: str = Field(default_factory=socket.gethostname)
+    run_id: str = ""
+    """Set by the node for its children, so that its reaper may judge which of them are dead."""
+    roles: tuple[Literal["api", "redis", "chat", "batch", "engines", "reaper"], ...] = (
+        "api",
+        "redis",
+        "chat",
+        "batch",
+        "engines",
+        "reaper",
+    )
+    serve: tuple[ServeSettings, ...] = ()
+    """Without any, ``vlmq up`` serves every linked model with the transformers engine."""
+    batch_processes: Count = 2
+    chat_threads: Count = 256
+    """Each chat in progress holds one thread."""
+    engine_restart_s: Seconds = 1
+    engine_wait_s: Seconds = 30
+    """How long a request waits for an engine that is starting or restarting."""
+    batch_nice: Annotated[int, Field(ge=0, le=19)] = 10
+    """Batch consumers yield the processor to chat by this niceness."""
+
+
+class Settings(BaseSettings):
+    """The whole tree."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VLMQ_", env_nested_delimiter="__", frozen=True, extra="forbid"
+    )
+
+    storage: StorageSettings = StorageSettings()
+    redis: RedisSettings = RedisSettings()
+    api: ApiSettings = ApiSettings()
+    queue: QueueSettings = QueueSettings()
+    images: ImageSettings = ImageSettings()
+    node: NodeSettings = Field(default_factory=NodeSettings)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over the file (which arrives as the constructor's arguments)."""
+        return (env_settings, init_settings)
+
+    @property
+    def data_dir(self) -> Path:
+        """The shared folder of records, files and shards."""
+        return self.storage.data_dir.expanduser().absolute()
+
+    @property
+    def run_dir(self) -> Path:
+        """This machine's sockets and pid files; short, for Unix sockets allow about 100 bytes."""
+        if self.storage.run_dir is not None:
+            return self.storage.run_dir.expanduser().absolute()
+        digest = hashlib.sha256(str(self.data_dir).encode()).hexdigest()[:10]
+        return Path(tempfile.gettempdir()) / f"vlmq-{os.getuid()}-{digest}"
+
+    @property
+    def redis_url(self) -> str:
+        """Where Redis answers: the configured one or the embedded one's socket."""
+        return self.redis.url or f"unix://{self.run_dir / 'redis.sock'}"
+
+
+class _Snapshot(Settings):
+    """A tree resolved earlier: taken as it is, the environment is not looked at again."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what was written down."""
+        return (init_settings,)
+
+
+def load_settings(config: Path | None = None, **overrides: Any) -> Settings:
+    """Read the file ``config`` (if any), the environment and ``overrides`` (sections by name).
+
+    A ``.toml`` file is what people write. A ``.json`` file is a :func:`snapshot` that a node made
+    for its programs; it is complete, so the environment does not change it.
+
+    Raises: ConfigurationError naming the file and each bad key.
+    """
+    if config is None:
+        return _build(Settings, _merged({}, overrides), "the environment")
+    if config.suffix == ".json":
+        return _build(_Snapshot, _merged(_read(config, json.loads), overrides), str(config))
+    return _build(Settings, _merged(_read(config, tomllib.loads), overrides), str(config))
+
+
+def with_overrides(settings: Settings, **overrides: Any) -> Settings:
+    """The same tree with some fields replaced (sections by name), stronger than the environment.
+
+    Raises: ConfigurationError naming each bad key.
+    """
+    return _build(_Snapshot, _merged(snapshot(settings), overrides), "the command line")
+
+
+def snapshot(settings: Settings) -> dict[str, Any]:
+    """The whole tree as JSON values, folders absolute. May hold secrets: write it with mode 600."""
+    values = settings.model_dump(mode="json")
+    values["storage"]["data_dir"] = str(settings.data_dir)
+    values["storage"]["run_dir"] = str(settings.run_dir)
+    return values
+
+
+def _read(config: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    kind = config.suffix.lstrip(".").upper()
+    try:
+        values = parse(config.read_text())
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {config}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{config} is not valid {kind}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{config} does not hold a table of settings")
+    return values
+
+
+def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    sections = {
+        section: {**values.get(section, {}), **fields} if isinstance(fields, dict) else fields
+        for section, fields in overrides.items()
+    }
+    return {**values, **sections}
+
+
+def _build(kind: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+            for item in error.errors()
+        ]
+        raise ConfigurationError(
+            f"the configuration from {where} is not valid:\n" + "\n".join(lines)
+        ) from None

@@ -1,0 +1,428 @@
+"""The engine process as its clients see it: real processes, real sockets."""
+
+from __future__ import annotations
+
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from shared.errors import (
+    ContextLengthExceeded,
+    EngineBusy,
+    EngineError,
+    EngineUnavailable,
+    RequestAborted,
+    RequestTimedOut,
+    VlmqError,
+)
+from tests.contract.conftest import SESSION_LEN, Kind, StartHost
+from tests.contract.hosts import MODEL, PATIENCE_S, RawClient, ask, wait_for
+from workers.inference.engines import wire
+from workers.inference.engines.base import Answer, Completion, Delta
+from workers.inference.engines.client import EngineClient
+from workers.inference.engines.flight import Flight
+
+pytestmark = pytest.mark.timeout(120)
+
+FAULTS = {"faults": True}
+
+
+def everything(flight: Flight) -> dict[int, Completion | VlmqError]:
+    """Wait until nothing is in flight; fail if an id comes twice."""
+    answers: list[Answer] = []
+    while flight.in_flight:
+        got = flight.results(PATIENCE_S)
+        assert got, "no answer came"
+        answers += got
+    answers += flight.results(0)
+    assert len(dict(answers)) == len(answers)
+    return dict(answers)
+
+
+class Stream:
+    """Records what a streamed request got."""
+
+    def __init__(self, client: EngineClient, text: str, prompt_id: int = 1) -> None:
+        self.deltas: list[Delta] = []
+        self.ends: list[VlmqError | None] = []
+        self.first = threading.Event()
+        self.ended = threading.Event()
+        self.handle = client.stream(ask(text, prompt_id), self._delta, self._end)
+
+    def result(self) -> VlmqError | None:
+        """Wait for the end and return how it ended."""
+        assert self.ended.wait(PATIENCE_S)
+        return self.ends[0]
+
+    def _delta(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+        self.first.set()
+
+    def _end(self, error: VlmqError | None) -> None:
+        self.ends.append(error)
+        self.ended.set()
+
+
+def test_whole_answers_come_back_through_the_process(
+    kind: Kind, run_dir: Path, start_host: StartHost
+) -> None:
+    """Every engine: prompts in, one completion or error per id out."""
+    start_host(
+        engine=kind.engine,
+        spec={"path": kind.spec.path, "session_len": SESSION_LEN},
+        options=dict(kind.spec.options),
+    )
+    prompts = [ask(f"a circle {i}", i, max_tokens=6) for i in range(40)]
+    prompts.append(ask("word " * SESSION_LEN * 2, 40))
+    with Flight(run_dir, MODEL) as flight:
+        flight.submit(prompts)
+        answers = everything(flight)
+    assert sorted(answers) == list(range(41))
+    assert isinstance(answers.pop(40), ContextLengthExceeded)
+    assert all(isinstance(answer, Completion) for answer in answers.values())
+
+
+def test_a_stream_delivers_deltas_then_ends_once(
+    kind: Kind, run_dir: Path, start_host: StartHost
+) -> None:
+    """Every engine: the last delta has the reason, and the end comes after it."""
+    start_host(
+        engine=kind.engine,
+        spec={"path": kind.spec.path, "session_len": SESSION_LEN},
+        options=dict(kind.spec.options),
+    )
+    client = EngineClient(run_dir, MODEL)
+    stream = Stream(client, "a red circle beside a green square")
+    assert stream.result() is None
+    assert stream.deltas[-1].finish_reason in ("stop", "length")
+    assert all(delta.finish_reason is None for delta in stream.deltas[:-1])
+    whole = client.complete(ask("a red circle"), timeout_s=PATIENCE_S)
+    assert whole.completion_tokens > 0
+    client.close()
+    assert stream.ends == [None]
+
+
+def test_the_socket_is_private_and_the_host_introduces_itself(start_host: StartHost) -> None:
+    """Mode 600, and a Hello with the limits."""
+    host = start_host(replica=3, max_waiting=7, spec={"max_running": 5, "session_len": 99})
+    assert stat.S_IMODE(host.socket.stat().st_mode) == 0o600
+    with RawClient(host.socket) as client:
+        assert client.hello == wire.Hello(
+            wire.VERSION, MODEL, 3, "echo", host.pid, session_len=99, max_running=5, max_waiting=7
+        )
+
+
+def test_the_socket_appears_only_when_the_model_is_loaded(start_host: StartHost) -> None:
+    """While the engine loads there is nothing to connect to."""
+    host = start_host(ready=False, options={"setup_delay_s": 1.0})
+    wait_for(host.socket.parent.exists, "the host to begin")
+    assert not host.socket.exists()
+    host.until_ready()
+
+
+def test_a_stale_socket_is_replaced(start_host: StartHost) -> None:
+    """A host killed before it could clean up does not stop its successor."""
+    first = start_host()
+    first.kill()
+    assert first.socket.exists()
+    second = start_host()
+    with RawClient(second.socket) as client:
+        assert client.hello.pid == second.pid
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"options": {"fail_setup": True}}, "told to fail"),
+        ({"options": {"colour": "red"}}, "colour"),
+        ({"engine": "nonsense"}, "there is no engine 'nonsense'"),
+        ({"engine": "no_such_module:Engine"}, "no_such_module"),
+        ({"spec": {"max_running": 0}}, "max_running"),
+    ],
+)
+def test_a_setup_that_cannot_succeed_exits_3_with_one_line(
+    start_host: StartHost, settings: dict[str, object], says: str
+) -> None:
+    """The parent must not restart it; the reason is readable."""
+    host = start_host(ready=False, **settings)
+    assert host.status() == 3
+    [line] = host.errors().splitlines()
+    assert says in line
+
+
+def test_a_malformed_frame_closes_that_connection_only(start_host: StartHost) -> None:
+    """Rubbish, and a length beyond the limit, cut off their sender; others are served."""
+    host = start_host()
+    with RawClient(host.socket) as good:
+        for rubbish in (b"\x00\x00\x00\x03abc", b"\xff\xff\xff\xff", b"\x00\x00\x00\x00"):
+            with RawClient(host.socket) as bad:
+                bad.socket.sendall(rubbish)
+                with pytest.raises(ConnectionResetError):
+                    bad.expect(wire.Done)
+        good.send(wire.Submit([ask("still here", 5)], "whole", "chat"))
+        assert good.expect(wire.Done).items[0][1].text == "still here"
+
+
+def test_an_id_in_use_breaks_the_protocol(start_host: StartHost) -> None:
+    """Two prompts of one connection cannot share an id."""
+    host = start_host(options=FAULTS)
+    with RawClient(host.socket) as client:
+        client.send(wire.Submit([ask("[[echo:hang]]", 5)], "whole", "batch"))
+        client.send(wire.Submit([ask("twice", 5)], "whole", "batch"))
+        with pytest.raises(ConnectionResetError):
+            client.expect(wire.Done)
+
+
+def test_ids_of_two_connections_do_not_clash(start_host: StartHost) -> None:
+    """Each connection has its own ids."""
+    host = start_host(options={"delay_s": 0.1})
+    with RawClient(host.socket) as one, RawClient(host.socket) as two:
+        one.send(wire.Submit([ask("for one", 1)], "whole", "batch"))
+        two.send(wire.Submit([ask("for two", 1)], "whole", "batch"))
+        assert one.expect(wire.Done).items[0][1].text == "for one"
+        assert two.expect(wire.Done).items[0][1].text == "for two"
+
+
+def test_errors_of_one_prompt_leave_its_group_alone(run_dir: Path, start_host: StartHost) -> None:
+    """An engine error and an outright bug both come back as errors of their own prompt."""
+    start_host(options=FAULTS)
+    with Flight(run_dir, MODEL) as flight:
+        flight.submit(
+            [ask("[[echo:error]]", 0), ask("[[echo:bug]]", 1), *[ask("fine", i) for i in (2, 3)]]
+        )
+        answers = everything(flight)
+    assert [type(answers[i]) for i in range(4)] == [
+        EngineError,
+        EngineError,
+        Completion,
+        Completion,
+    ]
+    assert "asked" in str(answers[0])
+    assert "RuntimeError" in str(answers[1])
+
+
+def test_a_slow_prompt_holds_back_neither_answers_nor_admission(
+    run_dir: Path, start_host: StartHost
+) -> None:
+    """199 prompts pass through the other slots while one sleeps."""
+    start_host(options=FAULTS, spec={"max_running": 8})
+    with Flight(run_dir, MODEL) as flight:
+        flight.submit([ask("[[echo:hang]]", 0), *[ask(f"quick {i}", i) for i in range(1, 200)]])
+        answers: dict[int, object] = {}
+        while len(answers) < 199:
+            answers |= dict(flight.results(PATIENCE_S))
+        assert 0 not in answers
+        assert flight.in_flight == 1
+
+
+def test_prompts_beyond_the_waiting_bound_fail_as_busy(start_host: StartHost) -> None:
+    """Two run, three wait, the rest is told at once."""
+    host = start_host(options=FAULTS, max_waiting=3, spec={"max_running": 2})
+    with RawClient(host.socket) as client:
+        prompts = [ask("[[echo:hang]]", i) for i in range(20)]
+        client.send(wire.Submit(prompts, "whole", "chat"))
+        refused = client.expect(wire.Failed).items
+        assert [i for i, *_ in refused] == list(range(5, 20))
+        assert {code for _, code, *_ in refused} == {EngineBusy.code}
+
+
+def test_flights_wait_out_a_busy_replica(run_dir: Path, start_host: StartHost) -> None:
+    """Back-pressure is the flight's affair: two of them overfill the host, no prompt fails."""
+    start_host(options={"delay_s": 0.01}, max_waiting=4, spec={"max_running": 4})
+    with Flight(run_dir, MODEL) as one, Flight(run_dir, MODEL) as two:
+        for flight in (one, two):
+            flight.submit([ask(f"number {i}", i) for i in range(60)])
+        answers: list[Answer] = []
+        while one.in_flight or two.in_flight:
+            answers += one.results(0.05) + two.results(0.05)
+    assert len(answers) == 120
+    assert all(isinstance(answer, Completion) for _, answer in answers)
+
+
+def test_chat_overtakes_a_full_batch_lane(run_dir: Path, start_host: StartHost) -> None:
+    """All batch slots are taken for good and the batch queue is full; chat is still answered."""
+    host = start_host(options=FAULTS, max_waiting=10, spec={"max_running": 4})
+    with RawClient(host.socket) as batch:
+        batch.send(wire.Submit([ask("[[echo:hang]]", i) for i in range(50)], "whole", "batch"))
+        assert len(batch.expect(wire.Failed).items) == 50 - 3 - 10
+        client = EngineClient(run_dir, MODEL)
+        for number in range(5):
+            assert client.complete(ask(f"chat {number}"), timeout_s=PATIENCE_S).text
+        [status] = client.replicas()
+        assert status.running >= 3
+        client.close()
+
+
+def test_abort_frees_the_slot_and_is_not_answered(start_host: StartHost) -> None:
+    """Running and waiting prompts can be taken back; what comes next is answered."""
+    host = start_host(options=FAULTS, spec={"max_running": 1})
+    with RawClient(host.socket) as client:
+        for mode in ("whole", "stream"):
+            client.send(wire.Submit([ask("[[echo:hang]]", i) for i in (1, 2)], mode, "chat"))
+            client.send(wire.Abort([1, 2, 77]))
+            client.send(wire.Submit([ask("next", 3)], "whole", "chat"))
+            assert [i for i, _ in client.expect(wire.Done).items] == [3]
+
+
+def test_ping_is_answered_with_the_load(start_host: StartHost) -> None:
+    """Running and waiting, as they are."""
+    host = start_host(options=FAULTS, spec={"max_running": 2})
+    with RawClient(host.socket) as client:
+        client.expect(wire.Load)
+        client.send(wire.Submit([ask("[[echo:hang]]", i) for i in range(5)], "whole", "chat"))
+        client.send(wire.Ping())
+        assert client.expect(wire.Load) == wire.Load(running=2, waiting=3)
+
+
+def test_an_abandoned_client_frees_its_slots(start_host: StartHost) -> None:
+    """Everything a vanished client asked for is aborted, so others get the engine."""
+    host = start_host(options=FAULTS, spec={"max_running": 2})
+    for mode in ("whole", "stream"):
+        with RawClient(host.socket) as gone:
+            gone.send(wire.Submit([ask("[[echo:hang]]", i) for i in range(9)], mode, "chat"))
+            gone.send(wire.Ping())
+            gone.expect(wire.Load)
+        with RawClient(host.socket) as client:
+            client.send(wire.Submit([ask("mine", 1)], "whole", "chat"))
+            assert client.expect(wire.Done).items[0][1].text == "mine"
+
+
+def test_a_client_that_stops_reading_is_dropped_and_blocks_nobody(start_host: StartHost) -> None:
+    """40 MB of answers for a client that never reads them; another one is served meanwhile."""
+    host = start_host(spec={"max_running": 64, "session_len": 10**9})
+    text = "x" * 200_000
+    with RawClient(host.socket) as deaf, RawClient(host.socket) as other:
+
+        def overfill() -> None:
+            for batch in range(20):
+                other.send(wire.Submit([ask("still served", batch)], "whole", "batch"))
+                assert other.expect(wire.Done).items[0][0] == batch
+                prompts = [ask(text, batch * 10 + i) for i in range(10)]
+                deaf.send(wire.Submit(prompts, "whole", "batch"))
+            for _ in range(20):
+                deaf.expect(wire.Done)
+
+        with pytest.raises(OSError, match=r"hung up|[Bb]roken pipe|reset"):
+            overfill()
+        other.send(wire.Submit([ask("and after", 99)], "whole", "batch"))
+        assert other.expect(wire.Done).items[0][1].text == "and after"
+
+
+def test_a_handle_aborts_its_stream(run_dir: Path, start_host: StartHost) -> None:
+    """on_end comes once, with RequestAborted, and the slot is free again."""
+    start_host(options={"token_delay_s": 0.05}, spec={"max_running": 1})
+    client = EngineClient(run_dir, MODEL)
+    stream = Stream(client, "word " * 1000)
+    assert stream.first.wait(PATIENCE_S)
+    stream.handle.abort()
+    stream.handle.abort()
+    assert isinstance(stream.result(), RequestAborted)
+    assert client.complete(ask("free again"), timeout_s=PATIENCE_S).text == "free again"
+    client.close()
+    assert len(stream.ends) == 1
+
+
+def test_complete_gives_up_after_its_time(run_dir: Path, start_host: StartHost) -> None:
+    """A hanging engine ends in RequestTimedOut, and the prompt is taken back."""
+    start_host(options=FAULTS, spec={"max_running": 1})
+    client = EngineClient(run_dir, MODEL)
+    with pytest.raises(RequestTimedOut):
+        client.complete(ask("[[echo:hang]]"), timeout_s=0.3)
+    assert client.complete(ask("next"), timeout_s=PATIENCE_S).text == "next"
+    client.close()
+
+
+def test_without_a_replica_a_stream_ends_as_unavailable(run_dir: Path) -> None:
+    """After wait_s, not before, and not never."""
+    client = EngineClient(run_dir, MODEL, wait_s=0.3)
+    assert isinstance(Stream(client, "anyone?").result(), EngineUnavailable)
+    client.close()
+
+
+def test_a_stream_waits_for_a_replica_that_is_starting(
+    run_dir: Path, start_host: StartHost
+) -> None:
+    """Within wait_s a new socket is found and used."""
+    client = EngineClient(run_dir, MODEL, wait_s=PATIENCE_S)
+    stream = Stream(client, "early bird")
+    start_host(ready=False)
+    assert stream.result() is None
+    client.close()
+
+
+def test_closing_the_client_ends_its_streams(run_dir: Path, start_host: StartHost) -> None:
+    """Nobody is left waiting for a callback."""
+    start_host(options=FAULTS)
+    client = EngineClient(run_dir, MODEL)
+    streams = [Stream(client, "[[echo:hang]]", i) for i in range(3)]
+    client.close()
+    assert [type(stream.result()) for stream in streams] == [EngineUnavailable] * 3
+
+
+def test_two_replicas_share_the_load_least_busy_first(run_dir: Path, start_host: StartHost) -> None:
+    """With one replica full of hanging prompts, the work goes to the other, evenly before that."""
+    for replica in (0, 1):
+        start_host(replica, options=FAULTS, spec={"max_running": 8})
+    client = EngineClient(run_dir, MODEL)
+    wait_for(lambda: len(client.replicas()) == 2, "both replicas")
+    hanging = [Stream(client, "[[echo:hang]]", i) for i in range(8)]
+    wait_for(lambda: sum(r.running for r in client.replicas()) == 8, "all to run")
+    assert [replica.running for replica in client.replicas()] == [4, 4]
+    with Flight(run_dir, MODEL) as flight:
+        wait_for(lambda: flight.results(0.05) == [] and probe(flight) == 2, "both replicas")
+        flight.submit([ask("[[echo:hang]]", i) for i in range(4)])
+        wait_for(lambda: sum(r.running for r in client.replicas()) == 12, "all to run")
+        assert sorted(replica.running for replica in client.replicas()) == [6, 6]
+    client.close()
+    assert all(stream.ended.is_set() for stream in hanging)
+
+
+def probe(flight: Flight) -> int:
+    """Let a flight look around, and say how many replicas it has found."""
+    flight.submit([])
+    return flight.connected
+
+
+def test_a_flight_can_drop_its_work_and_go_on(run_dir: Path, start_host: StartHost) -> None:
+    """After abort the same ids can be used again and only the new answers come."""
+    start_host(options=FAULTS, spec={"max_running": 2})
+    with Flight(run_dir, MODEL) as flight:
+        flight.submit([ask("[[echo:hang]]", i) for i in range(10)])
+        flight.abort()
+        assert flight.in_flight == 0
+        flight.submit([ask("again", i) for i in range(10)])
+        answers = everything(flight)
+    assert {getattr(answer, "text", None) for answer in answers.values()} == {"again"}
+
+
+def test_a_flight_keeps_to_its_window(run_dir: Path, start_host: StartHost) -> None:
+    """No more than ``window`` prompts are with the engines at once."""
+    host = start_host(options=FAULTS, spec={"max_running": 64})
+    with Flight(run_dir, MODEL, window=5) as flight, RawClient(host.socket) as watcher:
+        assert flight.room == 5
+        flight.submit([ask("[[echo:hang]]", i) for i in range(20)])
+        wait_for(lambda: probe(flight) == 1, "the replica")
+        assert flight.room == 0
+        wait_for(lambda: loaded(watcher) >= 5, "the window to fill")
+        flight.results(0.2)
+        assert loaded(watcher) == 5
+
+
+def loaded(watcher: RawClient) -> int:
+    """How many prompts a host has."""
+    watcher.send(wire.Ping())
+    load = watcher.expect(wire.Load)
+    return load.running + load.waiting
+
+
+def test_a_host_of_another_protocol_version_is_refused(
+    run_dir: Path, start_host: StartHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client keeps away from it instead of misreading it."""
+    start_host()
+    monkeypatch.setattr("workers.inference.engines.replicas.VERSION", wire.VERSION + 1)
+    client = EngineClient(run_dir, MODEL, wait_s=0.5)
+    assert isinstance(Stream(client, "hello?").result(), EngineUnavailable)
+    client.close()

@@ -1,0 +1,98 @@
+"""Admission: who enters the engine, in which order, and who is turned away."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from workers.inference.engines.lanes import Lanes
+from workers.inference.engines.wire import Lane
+
+
+def test_chat_overtakes_waiting_batch_prompts() -> None:
+    """A chat that comes last starts first."""
+    lanes: Lanes[str] = Lanes(max_running=1, max_waiting=10)
+    lanes.offer("batch", ["b1", "b2"])
+    lanes.offer("chat", ["c1"])
+    assert lanes.take() == ["c1"]
+    lanes.release("chat")
+    assert lanes.take() == ["b1"]
+
+
+def test_a_quarter_of_the_slots_is_for_chat_only() -> None:
+    """Batch stops short of it, chat may use every slot."""
+    lanes: Lanes[int] = Lanes(max_running=8, max_waiting=100)
+    lanes.offer("batch", range(20))
+    assert lanes.take() == list(range(6))
+    lanes.offer("chat", range(100, 120))
+    assert lanes.take() == [100, 101]
+
+
+def test_chat_may_fill_the_engine() -> None:
+    """Without batch work no slot is kept free."""
+    lanes: Lanes[int] = Lanes(max_running=8, max_waiting=100)
+    lanes.offer("chat", range(20))
+    assert len(lanes.take()) == 8
+
+
+def test_one_slot_is_shared() -> None:
+    """A reserve of the only slot would lock batch out."""
+    lanes: Lanes[int] = Lanes(max_running=1, max_waiting=1)
+    lanes.offer("batch", [1])
+    assert lanes.take() == [1]
+
+
+def test_a_full_batch_lane_leaves_room_for_chat() -> None:
+    """Each lane has a bound of its own, beyond what can start at once."""
+    lanes: Lanes[int] = Lanes(max_running=4, max_waiting=2)
+    assert list(lanes.offer("batch", range(10))) == [5, 6, 7, 8, 9]
+    assert list(lanes.offer("chat", range(10))) == [6, 7, 8, 9]
+
+
+def test_withdrawn_prompts_never_start() -> None:
+    """The others keep their order."""
+    lanes: Lanes[int] = Lanes(max_running=4, max_waiting=10)
+    lanes.offer("batch", range(6))
+    assert lanes.withdraw(lambda n: n % 2 == 0) == [0, 2, 4]
+    assert lanes.take() == [1, 3, 5]
+
+
+class LanesMachine(RuleBasedStateMachine):
+    """Any sequence of calls keeps the bounds and loses nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lanes: Lanes[tuple[Lane, int]] = Lanes(max_running=5, max_waiting=3)
+        self.running: list[tuple[Lane, int]] = []
+        self.accepted: dict[Lane, list[tuple[Lane, int]]] = {"chat": [], "batch": []}
+        self.number = 0
+
+    @rule(lane=st.sampled_from(["chat", "batch"]), count=st.integers(0, 9))
+    def offer(self, lane: Lane, count: int) -> None:
+        items = [(lane, self.number + i) for i in range(count)]
+        self.number += count
+        refused = self.lanes.offer(lane, items)
+        assert list(refused) == items[count - len(refused) :]
+        self.accepted[lane] += items[: count - len(refused)]
+
+    @rule()
+    def take(self) -> None:
+        for item in self.lanes.take():
+            assert self.accepted[item[0]].pop(0) == item, "a lane is first in, first out"
+            self.running.append(item)
+
+    @rule(index=st.integers(0, 20))
+    def release(self, index: int) -> None:
+        if self.running:
+            lane, _ = self.running.pop(index % len(self.running))
+            self.lanes.release(lane)
+
+    @invariant()
+    def bounds_hold(self) -> None:
+        assert self.lanes.running == len(self.running) <= 5
+        assert sum(lane == "batch" for lane, _ in self.running) <= 4
+        assert self.lanes.waiting == sum(map(len, self.accepted.values()))
+        assert all(len(waiting) <= 3 + 5 for waiting in self.accepted.values())
+
+
+TestLanesMachine = LanesMachine.TestCase

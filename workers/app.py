@@ -1,0 +1,152 @@
+"""The Celery workers: which pool serves which queues, and how they stop.
+
+Batch: a prefork pool, one chunk at a time per process. Chat: a threads pool, one request per
+thread. Both acknowledge early; what must not be lost is guarded by leases, not by the queue.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, signals
+from celery.exceptions import SecurityWarning
+
+from shared.log import get_logger
+from shared.process import die_with_parent
+from shared.queue import CONTROL_QUEUE, batch_queue, chat_queue, make_celery
+from shared.settings import Settings
+from workers.batch_worker import BatchWorker
+from workers.inference.chat import ChatWorker
+from workers.tasks import register_batch_task, register_chat_task
+
+log = get_logger(__name__)
+
+
+class DrainFlag:
+    """When stopping began, seen by all prefork children at once (shared memory)."""
+
+    _TIME = struct.Struct("d")
+
+    def __init__(self, drain_s: float) -> None:
+        self._memory = mmap.mmap(-1, self._TIME.size)
+        self._drain_s = drain_s
+
+    def set(self) -> None:
+        """Stopping begins now."""
+        self._memory[:] = self._TIME.pack(time.monotonic())
+
+    def is_set(self) -> bool:
+        """Whether no new work should be taken."""
+        return self._since() > 0
+
+    def is_over(self) -> bool:
+        """Whether work in hand should be dropped, too."""
+        since = self._since()
+        return since > 0 and time.monotonic() - since > self._drain_s
+
+    def _since(self) -> float:
+        (since,) = self._TIME.unpack(self._memory[:])
+        return float(since)
+
+
+def run_batch_consumer(settings: Settings) -> None:
+    """Serve the control queue and the batch queues of this node's models until SIGTERM."""
+    os.nice(settings.node.batch_nice)
+    app = make_celery(settings)
+    flag = DrainFlag(settings.queue.drain_s)
+    worker: list[BatchWorker] = []
+
+    def after_fork(**_: Any) -> None:
+        die_with_parent()
+        worker[:] = [
+            BatchWorker(
+                settings,
+                worker_name(settings),
+                is_draining=flag.is_set,
+                must_stop=flag.is_over,
+            )
+        ]
+
+    def on_stop(**_: Any) -> None:
+        flag.set()
+
+    signals.worker_process_init.connect(after_fork, weak=False)
+    signals.worker_shutting_down.connect(on_stop, weak=False)
+    register_batch_task(app, lambda lane: worker[0].run_slice(lane))
+    models = _served_models(settings)
+    queues = [CONTROL_QUEUE, *(batch_queue(model) for model in models)]
+    _run(app, "batch", settings, queues, pool="prefork", concurrency=settings.node.batch_processes)
+
+
+def run_chat_consumer(settings: Settings) -> None:
+    """Serve the chat queues of this node's models until SIGTERM."""
+    app = make_celery(settings)
+    worker = ChatWorker(settings, worker_name(settings))
+
+    def on_stop(**_: Any) -> None:
+        timer = threading.Timer(settings.queue.drain_s, worker.abort_all)
+        timer.daemon = True
+        timer.start()
+
+    signals.worker_shutting_down.connect(on_stop, weak=False)
+    register_chat_task(app, worker.run)
+    worker.start()
+    queues = [chat_queue(model) for model in _served_models(settings)]
+    try:
+        _run(app, "chat", settings, queues, pool="threads", concurrency=settings.node.chat_threads)
+    finally:
+        worker.close()
+
+
+def worker_name(settings: Settings) -> str:
+    """This process, told apart from an earlier one with its pid by its start time."""
+    return f"{settings.node.name}:{settings.node.run_id}:{os.getpid()}:{start_ticks(os.getpid())}"
+
+
+def start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 if there is none (or no /proc)."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(status.rpartition(")")[2].split()[19])
+
+
+def _served_models(settings: Settings) -> list[str]:
+    return sorted({serve.model for serve in settings.node.serve})
+
+
+def _run(
+    app: Celery,
+    role: str,
+    settings: Settings,
+    queues: Sequence[str],
+    *,
+    pool: str,
+    concurrency: int,
+) -> None:
+    app.conf.worker_prefetch_multiplier = 1
+    # Its advice about root concerns pickled tasks; ours are JSON with one string.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
+    log.info("consumer_starting", role=role, queues=list(queues), concurrency=concurrency)
+    app.worker_main(
+        [
+            "worker",
+            f"--hostname={role}@{settings.node.name}",
+            f"--queues={','.join(queues)}",
+            f"--pool={pool}",
+            f"--concurrency={concurrency}",
+            "--without-gossip",
+            "--without-mingle",
+            "--without-heartbeat",
+            "--loglevel=WARNING",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Inference: from a claimed chunk or chat request to text."""

@@ -1,0 +1,285 @@
+"""Running one chunk of a batch: read, prepare, ask the engines, write the shard, commit.
+
+The chunk's lines become items; each item ends with exactly one line, for its answer or its error.
+Preparing (images) overlaps with the engines' work on earlier items. Nothing is visible to anybody
+before the shard is renamed, and nothing counts before Redis accepts its token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from shared.chat import completion_body
+from shared.clock import unix_now
+from shared.errors import EngineCrashed, EngineUnavailable, InvalidRequest, VlmqError, WorkerCrashed
+from shared.jobs import BatchProblem
+from shared.leases import Lease
+from shared.manifest import Manifest
+from shared.models import ModelRecord
+from shared.settings import Settings
+from shared.shards import ShardHeader, shard_path, write_shard
+from workers.inference.batch_lines import (
+    BatchLine,
+    Line,
+    error_line,
+    item_id,
+    output_line,
+    parse_line,
+    problem_of,
+    read_chunk,
+    split_lines,
+)
+from workers.inference.engines.base import Answer, Completion, Prompt
+from workers.inference.engines.flight import Flight
+from workers.inference.journal import Journal
+from workers.inference.prompts import ReadImage, build_prompt
+from workers.inference.suspects import alone, retry_suspects
+
+_GROUP_ITEMS = 64
+_GROUP_BYTES = 4 << 20
+_POLL_S = 0.25
+
+KeepGoing = Callable[[], None]
+"""Returns if the work should go on; raises LeaseLost, BatchCancelled, … otherwise."""
+
+
+class _Item(msgspec.Struct):
+    line: Line
+    request: BatchLine
+
+
+class ChunkResult(msgspec.Struct, frozen=True):
+    """What a chunk came to: its shard is on disk."""
+
+    header: ShardHeader
+    problems: list[BatchProblem]
+
+
+class ChunkRun:
+    """One attempt at one chunk."""
+
+    def __init__(
+        self,
+        lease: Lease,
+        *,
+        batch_dir: Path,
+        source: Path,
+        model: ModelRecord,
+        settings: Settings,
+        flight: Flight,
+        read_image: ReadImage,
+        keep_going: KeepGoing,
+    ) -> None:
+        self._lease = lease
+        self._batch_dir = batch_dir
+        self._source = source
+        self._model = model
+        self._settings = settings
+        self._flight = flight
+        self._read_image = read_image
+        self._keep_going = keep_going
+        self._manifest = Manifest(batch_dir)
+        self._chunk = self._manifest.chunk(int(lease.unit))
+        self._items: dict[int, _Item] = {}
+        self._suspects: list[Prompt] = []
+        self._asked: dict[int, Prompt] = {}
+        self._outputs: dict[int, bytes] = {}
+        self._errors: dict[int, bytes] = {}
+        self._problems: list[BatchProblem] = []
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+        self._created = unix_now()
+        self._heard_at = time.monotonic()
+
+    def run(self) -> ChunkResult:
+        """Answer every item and write the shard.
+
+        Raises: EngineUnavailable when no engine answered for long, StorageFull, StorageFailed, and
+        whatever ``keep_going`` raises. The engines are told to forget what they still had.
+        """
+        lines = split_lines(read_chunk(self._source, self._chunk), self._chunk.first_line)
+        try:
+            if self._lease.attempts >= self._settings.queue.max_chunk_attempts:
+                for line in lines:
+                    self._fail(line, line.custom_id(), WorkerCrashed(), in_batch=True)
+            else:
+                self._parse(lines)
+                self._ask()
+                self._settle_suspects()
+        except BaseException:
+            self._flight.abort()
+            raise
+        return self._write()
+
+    # --- in ---
+
+    def _parse(self, lines: Sequence[Line]) -> None:
+        first = self._chunk.first_line
+        last = lines[-1].number if lines else first
+        duplicates = self._manifest.duplicates(first, last)
+        for line in lines:
+            try:
+                request = parse_line(
+                    line,
+                    endpoint=self._lease.spec.endpoint,
+                    model=self._model.name,
+                    duplicates=duplicates,
+                    max_line_bytes=self._settings.queue.max_line_bytes,
+                )
+            except VlmqError as error:
+                self._fail(line, line.custom_id(), error)
+                self._problems.append(problem_of(line, error))
+                continue
+            self._items[line.number] = _Item(line, request)
+
+    def _ask(self) -> None:
+        """Prepare items and keep the engines supplied with them."""
+        group: list[Prompt] = []
+        group_bytes = 0
+        journal = self._journal()
+        for item in list(self._items.values()):
+            prompt = self._prepare(item, journal)
+            if prompt is None:
+                continue
+            group.append(prompt)
+            group_bytes += sum(len(image.data) for image in prompt.images)
+            if len(group) >= _GROUP_ITEMS or group_bytes >= _GROUP_BYTES:
+                self._submit(group)
+                group, group_bytes = [], 0
+        if journal is not None:
+            journal.enter(None)
+        self._submit(group)
+        while self._asked:
+            self._collect(_POLL_S)
+
+    def _journal(self) -> Journal | None:
+        if self._lease.attempts == 0:
+            return None
+        return Journal(self._batch_dir / "attempts" / f"{self._lease.unit}.json")
+
+    def _prepare(self, item: _Item, journal: Journal | None) -> Prompt | None:
+        number = item.line.number
+        if journal is not None:
+            if journal.given_up(number):
+                self._fail(item.line, item.request.custom_id, WorkerCrashed())
+                return None
+            journal.enter(number)
+        try:
+            return build_prompt(
+                number,
+                item.request.body,
+                self._model.defaults,
+                self._read_image,
+                max_images=self._settings.images.max_per_request,
+            )
+        except InvalidRequest as error:
+            self._fail(item.line, item.request.custom_id, error)
+            return None
+
+    def _submit(self, group: list[Prompt]) -> None:
+        self._keep_going()
+        if not group:
+            return
+        self._asked.update((prompt.id, prompt) for prompt in group)
+        self._flight.submit(group)
+        self._collect(0)
+        while self._flight.room < _GROUP_ITEMS and self._asked:
+            self._collect(_POLL_S)
+
+    # --- out ---
+
+    def _collect(self, timeout_s: float) -> None:
+        answers = self._flight.results(timeout_s)
+        if answers:
+            self._heard_at = time.monotonic()
+        for prompt_id, answer in answers:
+            prompt = self._asked.pop(prompt_id)
+            if isinstance(answer, EngineCrashed):
+                self._suspects.append(prompt)
+            else:
+                self._record(prompt_id, answer)
+        if timeout_s:
+            self._keep_going()
+            self._require_engine()
+
+    def _require_engine(self) -> None:
+        """Give the chunk up if this machine's engines stay away; another's may have it."""
+        if self._flight.connected:
+            self._heard_at = max(
+                self._heard_at, time.monotonic() - self._settings.node.engine_wait_s
+            )
+        elif time.monotonic() - self._heard_at > 2 * self._settings.node.engine_wait_s:
+            raise EngineUnavailable()
+
+    def _settle_suspects(self) -> None:
+        if not self._suspects:
+            return
+        lock = self._settings.run_dir / "suspects.lock"
+        with alone(lock, self._keep_going, time.sleep):
+            for prompt_id, answer in retry_suspects(self._suspects, self._run_group):
+                self._record(prompt_id, answer)
+
+    def _run_group(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        waiting = {prompt.id for prompt in prompts}
+        answers: list[Answer] = []
+        self._flight.submit(prompts)
+        while waiting:
+            for prompt_id, answer in self._flight.results(_POLL_S):
+                waiting.discard(prompt_id)
+                answers.append((prompt_id, answer))
+                self._heard_at = time.monotonic()
+            self._keep_going()
+            self._require_engine()
+        return answers
+
+    def _record(self, number: int, answer: Completion | VlmqError) -> None:
+        item = self._items[number]
+        if isinstance(answer, VlmqError):
+            self._fail(item.line, item.request.custom_id, answer)
+            return
+        name = item_id(self._lease.batch_id, number)
+        self._prompt_tokens += answer.prompt_tokens
+        self._completion_tokens += answer.completion_tokens
+        body = completion_body(
+            completion_id=f"chatcmpl-{name}",
+            created=self._created,
+            model=self._model.name,
+            text=answer.text,
+            finish_reason=answer.finish_reason,
+            prompt_tokens=answer.prompt_tokens,
+            completion_tokens=answer.completion_tokens,
+        )
+        self._outputs[number] = output_line(name, item.request.custom_id, body)
+
+    def _fail(
+        self, line: Line, custom_id: str | None, error: VlmqError, *, in_batch: bool = False
+    ) -> None:
+        name = item_id(self._lease.batch_id, line.number)
+        self._errors[line.number] = error_line(name, custom_id, error, in_batch=in_batch)
+
+    def _write(self) -> ChunkResult:
+        output, errors = _joined(self._outputs), _joined(self._errors)
+        if len(self._outputs) + len(self._errors) != self._chunk.items:
+            raise AssertionError(
+                f"{len(self._outputs)} answers and {len(self._errors)} errors "
+                f"for {self._chunk.items} items"
+            )
+        header = ShardHeader(
+            output_bytes=len(output),
+            error_bytes=len(errors),
+            completed=len(self._outputs),
+            failed=len(self._errors),
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+        )
+        path = shard_path(self._batch_dir, self._chunk.index, self._lease.token)
+        write_shard(path, header, output, errors)
+        return ChunkResult(header, self._problems)
+
+
+def _joined(lines: dict[int, bytes]) -> bytes:
+    return b"".join(lines[number] for number in sorted(lines))

@@ -1,0 +1,411 @@
+"""Streams from this machine's engine processes, for programs with threads.
+
+One background thread runs an event loop that finds the replicas of one model, stays connected to
+them and spreads prompts over them, the least busy first. The thread starts with the first request,
+so a client made before a fork is usable after it. For batches see ``flight``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import msgspec
+
+from shared.errors import (
+    BodyTooLarge,
+    ConfigurationError,
+    EngineBusy,
+    EngineCrashed,
+    EngineUnavailable,
+    RequestAborted,
+    RequestTimedOut,
+    VlmqError,
+    from_code,
+)
+from shared.log import get_logger
+from workers.inference.engines import wire
+from workers.inference.engines.base import Completion, Delta, Prompt
+from workers.inference.engines.replicas import (
+    BUSY_PAUSE_S,
+    SCAN_S,
+    Replica,
+    SocketWatch,
+    least_busy,
+)
+
+log = get_logger(__name__)
+
+OnDelta = Callable[[Delta], None]
+OnEnd = Callable[[VlmqError | None], None]
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """A replica that answers: its greeting and how many prompts it runs and keeps waiting."""
+
+    hello: wire.Hello
+    running: int
+    waiting: int
+    draining: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One streamed request and where it is: on a link, parked, or ended."""
+
+    prompt: Prompt
+    lane: wire.Lane
+    on_delta: OnDelta
+    on_end: OnEnd
+    deadline_s: float = 0.0
+    link: _Link | None = None
+    wire_id: int = 0
+    delivered: bool = False
+    crashed: bool = False
+    ended: bool = False
+
+
+class StreamHandle:
+    """A stream that can be given up."""
+
+    def __init__(self, pool: _Pool, stream: _Stream) -> None:
+        self._pool = pool
+        self._stream = stream
+
+    def abort(self) -> None:
+        """End the stream with RequestAborted, if it has not ended yet. From any thread."""
+        if not self._stream.ended:
+            self._pool.call(lambda: self._pool.abort(self._stream))
+
+
+class EngineClient:
+    """The replicas of one model on this machine.
+
+    ``run_dir`` holds the sockets (``wire.socket_path``). A request waits up to ``wait_s`` for a
+    replica that can take it. Thread-safe; callbacks run on the client's own thread and must not
+    block.
+    """
+
+    def __init__(self, run_dir: Path, model: str, *, wait_s: float = 10.0) -> None:
+        self._run_dir = run_dir
+        self._model = model
+        self._wait_s = wait_s
+        self._lock = threading.Lock()
+        self._pool: _Pool | None = None
+        self._pid = 0
+
+    def stream(
+        self, prompt: Prompt, on_delta: OnDelta, on_end: OnEnd, lane: wire.Lane = "chat"
+    ) -> StreamHandle:
+        """Ask for an answer in deltas.
+
+        ``on_end`` is called exactly once: with None after the last delta, or with what went wrong.
+        When an engine dies, a stream without a delta yet is tried once more; others end with
+        EngineCrashed. Without a replica it ends with EngineUnavailable, with full ones EngineBusy.
+        """
+        pool = self._running_pool()
+        stream = _Stream(prompt, lane, on_delta, on_end)
+        pool.call(lambda: pool.start(stream))
+        return StreamHandle(pool, stream)
+
+    def complete(self, prompt: Prompt, *, timeout_s: float, lane: wire.Lane = "chat") -> Completion:
+        """Ask and wait for the whole answer. Raises: what a stream ends with; RequestTimedOut."""
+        answer: Future[Completion] = Future()
+        texts: list[str] = []
+        last: list[Delta] = []
+
+        def on_delta(delta: Delta) -> None:
+            texts.append(delta.text)
+            last[:] = [delta]
+
+        def on_end(error: VlmqError | None) -> None:
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(_completion("".join(texts), last[0]))
+
+        handle = self.stream(prompt, on_delta, on_end, lane)
+        try:
+            return answer.result(timeout_s)
+        except TimeoutError:
+            handle.abort()
+            raise RequestTimedOut() from None
+
+    def replicas(self) -> list[ReplicaStatus]:
+        """The replicas that answer now."""
+        pool = self._running_pool()
+        found: Future[list[ReplicaStatus]] = Future()
+        pool.call(lambda: found.set_result(pool.status()))
+        return found.result()
+
+    def close(self) -> None:
+        """End all streams with EngineUnavailable and stop the thread."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None and self._pid == os.getpid():
+            pool.stop()
+
+    def _running_pool(self) -> _Pool:
+        with self._lock:
+            if self._pool is None or self._pid != os.getpid():
+                self._pool = _Pool(self._run_dir, self._model, self._wait_s)
+                self._pid = os.getpid()
+            return self._pool
+
+
+def _completion(text: str, last: Delta) -> Completion:
+    return Completion(
+        text, last.finish_reason or "stop", last.prompt_tokens, last.completion_tokens
+    )
+
+
+class _Link(asyncio.Protocol):
+    """The connection to one host."""
+
+    def __init__(self, pool: _Pool, path: Path) -> None:
+        self._pool = pool
+        self._frames = wire.frames_from_host()
+        self._transport: asyncio.Transport | None = None
+        self.path = path
+        self.replica: Replica[_Stream] = Replica()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for message in self._frames.feed(data):
+                self._pool.received(self, message)
+        except (wire.MalformedFrame, ConfigurationError) as error:
+            log.warning("replica refused", socket=str(self.path), reason=error.message)
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._pool.lost(self)
+
+    def send(self, frame: bytearray) -> None:
+        if self._transport is not None:
+            self._transport.write(frame)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class _Pool:
+    """Links to the replicas of a model and the streams on them. Lives on its own thread's loop."""
+
+    def __init__(self, run_dir: Path, model: str, wait_s: float) -> None:
+        self._model = model
+        self._wait_s = wait_s
+        self._watch = SocketWatch(wire.replica_folder(run_dir, model))
+        self._links: dict[Path, _Link] = {}
+        self._parked: list[_Stream] = []
+        self._last_wire_id = 0
+        self._loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="engine-client", daemon=True)
+        self._thread.start()
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Run ``action`` on the loop's thread. Raises: EngineUnavailable after ``stop``."""
+        try:
+            self._loop.call_soon_threadsafe(action)
+        except RuntimeError:
+            raise EngineUnavailable("this engine client is closed") from None
+
+    def stop(self) -> None:
+        """End everything and wait for the thread."""
+        self.call(self._stopping.set)
+        self._thread.join()
+
+    def start(self, stream: _Stream) -> None:
+        """Send a new stream to a replica, or park it until one has room."""
+        stream.deadline_s = self._loop.time() + self._wait_s
+        self._place(stream)
+
+    def abort(self, stream: _Stream) -> None:
+        """Give a stream up."""
+        if stream.ended:
+            return
+        if stream.link is not None:
+            stream.link.replica.in_flight.pop(stream.wire_id)
+            stream.link.send(wire.encode(wire.Abort([stream.wire_id])))
+        else:
+            self._parked.remove(stream)
+        self._end(stream, RequestAborted())
+
+    def status(self) -> list[ReplicaStatus]:
+        """What is known of the replicas that have greeted us."""
+        return [
+            ReplicaStatus(r.hello, r.load.running, r.load.waiting, r.draining)
+            for link in self._links.values()
+            if (r := link.replica).hello is not None
+        ]
+
+    def received(self, link: _Link, message: wire.FromHost) -> None:
+        """Act on what a host said."""
+        match message:
+            case wire.Deltas():
+                self._deltas(link, message)
+            case wire.Done():
+                self._done(link, message)
+            case wire.Failed():
+                self._failed(link, message)
+            case wire.Hello():
+                link.replica.note(message, self._model)
+                self._watch.greeted(link.path)
+                self._place_parked()
+            case wire.Load() | wire.Draining():
+                link.replica.note(message, self._model)
+
+    def lost(self, link: _Link) -> None:
+        """A host is gone; nothing it had may be left hanging."""
+        if self._links.get(link.path) is not link:
+            return
+        del self._links[link.path]
+        self._watch.closed(link.path, self._loop.time())
+        streams = list(link.replica.in_flight.values())
+        link.replica.in_flight.clear()
+        for stream in streams:
+            self._crashed(stream, EngineCrashed())
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._watch_replicas())
+        finally:
+            self._loop.close()
+
+    async def _watch_replicas(self) -> None:
+        while not self._stopping.is_set():
+            for path in self._watch.due(self._loop.time()):
+                await self._connect(path)
+            self._expire_parked()
+            self._place_parked()
+            try:
+                async with asyncio.timeout(SCAN_S):
+                    await self._stopping.wait()
+            except TimeoutError:
+                continue
+        self._end_all()
+        await asyncio.sleep(0)  # lets the closed transports go
+
+    async def _connect(self, path: Path) -> None:
+        link = _Link(self, path)
+        self._watch.opened(path)
+        self._links[path] = link
+        try:
+            async with asyncio.timeout(1.0):
+                await self._loop.create_unix_connection(lambda: link, str(path))
+        except (OSError, TimeoutError):
+            self.lost(link)
+
+    def _place(self, stream: _Stream) -> None:
+        link = least_busy(self._links.values(), self._loop.time())
+        if link is None:
+            stream.link = None
+            self._parked.append(stream)
+            return
+        self._last_wire_id += 1
+        stream.link, stream.wire_id = link, self._last_wire_id
+        prompt = msgspec.structs.replace(stream.prompt, id=stream.wire_id)
+        frames, too_large = wire.submit_frames([prompt], "stream", stream.lane)
+        if too_large:
+            self._end(stream, BodyTooLarge("the request's images are too large for the engine"))
+            return
+        link.replica.in_flight[stream.wire_id] = stream
+        link.send(frames[0])
+
+    def _place_parked(self) -> None:
+        parked, self._parked = self._parked, []
+        for stream in parked:
+            self._place(stream)
+
+    def _expire_parked(self) -> None:
+        now_s = self._loop.time()
+        late = [stream for stream in self._parked if stream.deadline_s <= now_s]
+        self._parked = [stream for stream in self._parked if stream.deadline_s > now_s]
+        full = any(link.replica.ready for link in self._links.values())
+        for stream in late:
+            self._end(stream, EngineBusy() if full else EngineUnavailable())
+
+    def _deltas(self, link: _Link, message: wire.Deltas) -> None:
+        for wire_id, text in message.items:
+            stream = link.replica.in_flight.get(wire_id)
+            if stream is not None:
+                self._deliver(stream, Delta(text))
+
+    def _done(self, link: _Link, message: wire.Done) -> None:
+        for wire_id, last in message.items:
+            stream = link.replica.in_flight.pop(wire_id, None)
+            if stream is None:
+                continue
+            delta = Delta(last.text, last.finish_reason, last.prompt_tokens, last.completion_tokens)
+            self._deliver(stream, delta)
+            self._end(stream, None)
+        if self._parked:
+            self._place_parked()
+
+    def _failed(self, link: _Link, message: wire.Failed) -> None:
+        for wire_id, code, text, param in message.items:
+            stream = link.replica.in_flight.pop(wire_id, None)
+            if stream is None:
+                continue
+            error = from_code(code, text, param)
+            if isinstance(error, EngineCrashed):
+                self._crashed(stream, error)
+            elif isinstance(error, EngineBusy | EngineUnavailable) and not stream.delivered:
+                self._turned_away(link, stream, error)
+            else:
+                self._end(stream, error)
+
+    def _turned_away(self, link: _Link, stream: _Stream, error: VlmqError) -> None:
+        now_s = self._loop.time()
+        if isinstance(error, EngineBusy):
+            link.replica.paused_until_s = now_s + BUSY_PAUSE_S
+        else:
+            link.replica.draining = True
+            stream.deadline_s = now_s + self._wait_s
+        self._place(stream)
+
+    def _crashed(self, stream: _Stream, error: VlmqError) -> None:
+        if stream.delivered or stream.crashed:
+            self._end(stream, error)
+            return
+        stream.crashed = True
+        stream.deadline_s = self._loop.time() + self._wait_s
+        self._place(stream)
+
+    def _deliver(self, stream: _Stream, delta: Delta) -> None:
+        stream.delivered = True
+        try:
+            stream.on_delta(delta)
+        except Exception:
+            log.exception("a stream's on_delta raised")
+
+    def _end(self, stream: _Stream, error: VlmqError | None) -> None:
+        stream.ended = True
+        stream.link = None
+        try:
+            stream.on_end(error)
+        except Exception:
+            log.exception("a stream's on_end raised")
+
+    def _end_all(self) -> None:
+        streams = list(self._parked)
+        for link in self._links.values():
+            streams += link.replica.in_flight.values()
+            link.replica.in_flight.clear()
+            link.close()
+        self._parked = []
+        for stream in streams:
+            self._end(stream, EngineUnavailable("this engine client was closed"))

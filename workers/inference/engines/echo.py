@@ -1,0 +1,208 @@
+"""An engine without a model: it answers with the user's own words. For tests and load.
+
+A token is a word with the white space before it; an image counts ``image_tokens``. The answer
+depends on the prompt alone. With the option ``faults`` a text in the prompt makes it misbehave:
+``[[echo:kill]]`` SIGKILL to this process, ``[[echo:hang]]`` no answer ever, ``[[echo:error]]`` an
+EngineError, ``[[echo:bug]]`` an exception no engine should raise, ``[[echo:sick]]`` health turns
+bad, ``[[echo:sleep=0.5]]`` a pause in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated
+
+import msgspec
+
+from shared.errors import (
+    ConfigurationError,
+    ContextLengthExceeded,
+    EngineError,
+    EngineSetupFailed,
+    RequestAborted,
+    VlmqError,
+)
+from workers.inference.engines.base import (
+    Answer,
+    Completion,
+    Delta,
+    EngineSpec,
+    FinishReason,
+    Health,
+    Prompt,
+    complete_each,
+)
+from workers.inference.engines.stopping import StopStrings
+
+_TOKEN = re.compile(r"\s*\S+")
+_FAULT = re.compile(r"\[\[echo:(?P<name>\w+)(?:=(?P<value>[0-9.]+))?\]\]")
+
+_Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``delay_s`` is per request, ``token_delay_s`` per token, ``setup_delay_s`` while loading."""
+
+    delay_s: _Seconds = 0.0
+    token_delay_s: _Seconds = 0.0
+    setup_delay_s: _Seconds = 0.0
+    fail_setup: bool = False
+    faults: bool = False
+    image_tokens: Annotated[int, msgspec.Meta(ge=0)] = 256
+
+
+class EchoEngine:
+    """Repeats the last user text. Raises: ConfigurationError for options it does not know."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        try:
+            self._options = msgspec.convert(dict(spec.options), EchoOptions)
+        except msgspec.ValidationError as error:
+            raise ConfigurationError(f"echo engine, options: {error}") from None
+        self._session_len = spec.session_len
+        self._aborts: dict[int, asyncio.Event] = {}
+        self._health = Health(ok=True)
+
+    async def setup(self) -> None:
+        """Wait, or fail, as the options say."""
+        await asyncio.sleep(self._options.setup_delay_s)
+        if self._options.fail_setup:
+            raise EngineSetupFailed("the echo engine was told to fail; remove option fail_setup")
+
+    async def generate(self, prompt: Prompt) -> AsyncIterator[Delta]:
+        """Answer word by word."""
+        answer, finish, prompt_tokens, words = self._plan(prompt)
+        stops = StopStrings(prompt.sampling.stop)
+        self._aborts[prompt.id] = asyncio.Event()
+        try:
+            await self._pause(prompt.id, self._options.delay_s)
+            await self._misbehave(prompt)
+            for count, token in enumerate(_TOKEN.findall(answer), 1):
+                await self._pause(prompt.id, self._options.token_delay_s)
+                text, stopped = stops.push(token)
+                if stopped:
+                    yield Delta(text, "stop", prompt_tokens, count)
+                    return
+                if text:
+                    yield Delta(text)
+            yield Delta(stops.flush(), finish, prompt_tokens, words)
+        finally:
+            del self._aborts[prompt.id]
+
+    async def complete(self, prompts: Sequence[Prompt]) -> AsyncIterator[Answer]:
+        """Answer at once what needs no waiting, the others in the order they finish."""
+        slow = prompts
+        if not self._options.delay_s and not self._options.token_delay_s:
+            slow = []
+            for prompt in prompts:
+                if self._options.faults and _faults(prompt):
+                    slow.append(prompt)
+                else:
+                    yield prompt.id, self._answer(prompt)
+        if slow:
+            async for answer in complete_each(self, slow):
+                yield answer
+
+    async def abort(self, prompt_id: int) -> None:
+        """End a request at its next pause."""
+        if prompt_id in self._aborts:
+            self._aborts[prompt_id].set()
+
+    def health(self) -> Health:
+        """Good, until a fault says otherwise."""
+        return self._health
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _answer(self, prompt: Prompt) -> Completion | VlmqError:
+        """The whole answer, without a pause."""
+        try:
+            text, finish, prompt_tokens, words = self._plan(prompt)
+            if not prompt.sampling.stop:
+                return Completion(text, finish, prompt_tokens, words)
+            return _cut_at_stop(text, finish, prompt_tokens, prompt.sampling.stop)
+        except VlmqError as error:
+            return error
+
+    def _plan(self, prompt: Prompt) -> tuple[str, FinishReason, int, int]:
+        """The answer but for stop strings, why it ends, the prompt's tokens and the answer's."""
+        prompt_tokens = len(prompt.images) * self._options.image_tokens
+        for turn in prompt.turns:
+            for part in turn.parts:
+                if isinstance(part, str):
+                    prompt_tokens += len(part.split())
+        room = self._session_len - prompt_tokens
+        if room < 1:
+            raise ContextLengthExceeded(
+                f"the prompt has {prompt_tokens} tokens, images included; "
+                f"the model's session length is {self._session_len}"
+            )
+        text = _last_user_text(prompt)
+        words = len(text.split())
+        limit = min(room, prompt.sampling.max_tokens)
+        if words > limit:
+            return "".join(_TOKEN.findall(text.rstrip())[:limit]), "length", prompt_tokens, limit
+        return text.rstrip(), "stop", prompt_tokens, words
+
+    async def _pause(self, prompt_id: int, pause_s: float | None) -> None:
+        """Wait that long (None: for ever), or raise RequestAborted when told to stop."""
+        abort = self._aborts[prompt_id]
+        if pause_s != 0 and not abort.is_set():
+            try:
+                async with asyncio.timeout(pause_s):
+                    await abort.wait()
+            except TimeoutError:
+                return
+        if abort.is_set():
+            raise RequestAborted()
+
+    async def _misbehave(self, prompt: Prompt) -> None:
+        if not self._options.faults:
+            return
+        for name, value in _faults(prompt):
+            match name:
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "hang":
+                    await self._pause(prompt.id, None)
+                case "error":
+                    raise EngineError("the prompt asked the echo engine for an error")
+                case "bug":
+                    raise RuntimeError("the prompt asked the echo engine for a bug")
+                case "sick":
+                    self._health = Health(ok=False, detail="the prompt made the echo engine sick")
+                case "sleep":
+                    await self._pause(prompt.id, float(value))
+                case _:
+                    raise EngineError(f"the echo engine knows no fault '{name}'")
+
+
+def _last_user_text(prompt: Prompt) -> str:
+    for turn in reversed(prompt.turns):
+        if turn.role == "user":
+            return "".join([part for part in turn.parts if type(part) is str])
+    return ""
+
+
+def _faults(prompt: Prompt) -> list[tuple[str, str]]:
+    """The faults that a prompt asks for, as (name, value)."""
+    return _FAULT.findall(_last_user_text(prompt))
+
+
+def _cut_at_stop(
+    answer: str, finish: FinishReason, prompt_tokens: int, stop: list[str]
+) -> Completion:
+    stops = StopStrings(stop)
+    texts: list[str] = []
+    tokens = _TOKEN.findall(answer)
+    for count, token in enumerate(tokens, 1):
+        text, stopped = stops.push(token)
+        texts.append(text)
+        if stopped:
+            return Completion("".join(texts), "stop", prompt_tokens, count)
+    return Completion("".join(texts) + stops.flush(), finish, prompt_tokens, len(tokens))

@@ -1,0 +1,123 @@
+"""Read images from disk: from the configured roots for everyone, from uploads by path.
+
+A request's path is resolved first, and the file that was really opened is checked again through its
+descriptor, so a symbolic link, ``..`` or a rename in between cannot lead out of the roots. Outside
+of them the answer is always the same, whether or not a file is there. Linux only (``/proc``).
+
+Hard links are not seen through: whoever can make them in a root decides what is readable.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from shared.errors import (
+    ImageError,
+    ImageForbidden,
+    ImageNotFound,
+    ImageTooLarge,
+    StorageFailed,
+)
+
+_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO})
+SHOWN_CHARACTERS = 200
+
+
+def shown(text: str) -> str:
+    """``text`` as a message may repeat it: one line, not too long."""
+    return ascii(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
+
+
+class ImageRoots:
+    """The folders that requests may name files in."""
+
+    def __init__(self, roots: tuple[Path, ...], max_bytes: int) -> None:
+        self._roots = tuple(os.path.realpath(root) for root in roots)
+        self._max_bytes = max_bytes
+
+    def read(self, path: str) -> bytes:
+        """The bytes of the file at this absolute path.
+
+        Raises: ImageForbidden, ImageNotFound, ImageTooLarge; StorageFailed if the disk fails.
+        """
+        if not self._roots:
+            raise ImageForbidden(
+                "this server reads no images from its disk; upload the image to /v1/files, or let "
+                "the operator name folders in the setting images.roots"
+            )
+        if "\0" in path or not path.startswith("/") or ".." in path.split("/"):
+            raise ImageForbidden(
+                f"the path {shown(path)} is not allowed: it must be absolute and without '..'"
+            )
+        try:
+            real = os.path.realpath(path)
+        except (OSError, ValueError):
+            # Changed while it was followed, or no text that a file name can be.
+            raise self._outside(path) from None
+        if not self._holds(real):
+            raise self._outside(path)
+        # A link put in place of the file after it was resolved must not be followed.
+        descriptor = _open(real, path, os.O_NOFOLLOW)
+        try:
+            if not self._holds(os.readlink(f"/proc/self/fd/{descriptor}")):
+                raise self._outside(path)
+            return _read_regular(descriptor, path, self._max_bytes)
+        finally:
+            os.close(descriptor)
+
+    def _holds(self, real: str) -> bool:
+        return any(
+            real.startswith(root if root.endswith("/") else root + "/") for root in self._roots
+        )
+
+    def _outside(self, path: str) -> ImageError:
+        return ImageForbidden(
+            f"the path {shown(path)} is not inside a folder that this server may read images from "
+            "(the setting images.roots); upload the image to /v1/files instead"
+        )
+
+
+def read_file(path: Path, name: str, max_bytes: int) -> bytes:
+    """The bytes of a trusted path; ``name`` is what messages call it.
+
+    Raises: ImageNotFound, ImageForbidden, ImageTooLarge; StorageFailed if the disk fails.
+    """
+    descriptor = _open(str(path), name)
+    try:
+        return _read_regular(descriptor, name, max_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: str, name: str, flags: int = 0) -> int:
+    # Without O_NONBLOCK the open of a named pipe would wait for a writer for ever.
+    flags |= os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno in _MISSING:
+            raise ImageNotFound(f"there is no image at {shown(name)}") from None
+        if error.errno in _REFUSED:
+            raise ImageForbidden(f"the server may not read {shown(name)}") from None
+        raise StorageFailed(f"reading {shown(name)} failed: {error.strerror}") from error
+
+
+def _read_regular(descriptor: int, name: str, max_bytes: int) -> bytes:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageForbidden(f"{shown(name)} is not a regular file")
+    try:
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            # One more than allowed: the file may grow after its size was asked.
+            data = b"" if status.st_size > max_bytes else file.read(max_bytes + 1)
+    except OSError as error:
+        raise StorageFailed(f"reading {shown(name)} failed: {error.strerror}") from error
+    if max(status.st_size, len(data)) > max_bytes:
+        raise ImageTooLarge(
+            f"{shown(name)} has more than the {max_bytes:,} bytes this server accepts for an image"
+        )
+    return data

@@ -1,0 +1,75 @@
+"""Processes that an earlier run of a node left behind, found by a mark in their environment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+MARK = "VLMQ_RUN_DIR"
+"""Every program that a node starts has its run_dir in this environment variable."""
+
+
+def find_strays(run_dir: Path) -> list[int]:
+    """The ids of this user's marked processes, this one and its ancestors left out.
+
+    Only Linux can tell; elsewhere there are none to be seen.
+    """
+    if not sys.platform.startswith("linux"):
+        return []
+    mark = f"{MARK}={run_dir}".encode()
+    spared = _ancestors()
+    return [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and int(entry.name) not in spared and _carries(entry, mark)
+    ]
+
+
+def end_strays(run_dir: Path, *, wait_s: float = 5) -> list[int]:
+    """Kill them all and wait until they are gone; returns those that were found."""
+    found: list[int] = []
+    deadline = time.monotonic() + wait_s
+    while strays := find_strays(run_dir):
+        for pid in strays:
+            _kill(pid)
+        found.extend(pid for pid in strays if pid not in found)
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.02)
+    return found
+
+
+def _carries(process: Path, mark: bytes) -> bool:
+    try:
+        return mark in (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        # Gone meanwhile, or somebody else's.
+        return False
+
+
+def _ancestors() -> set[int]:
+    pids: set[int] = set()
+    pid = os.getpid()
+    while pid > 0:
+        pids.add(pid)
+        pid = _parent(pid)
+    return pids
+
+
+def _parent(pid: int) -> int:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    # The name in parentheses may itself hold spaces and parentheses.
+    return int(stat.rpartition(")")[2].split()[1])
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return

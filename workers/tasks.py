@@ -1,0 +1,28 @@
+"""The two Celery tasks. Thin: a task hands its ticket to the worker and never fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from celery import Celery
+
+from shared.queue import BATCH_TASK, CHAT_TASK
+
+
+def register_batch_task(app: Celery, run_slice: Callable[[str], None]) -> None:
+    """A batch ticket: work on a lane for a slice of time."""
+    app.task(run_slice_task(run_slice), name=BATCH_TASK, ignore_result=True)
+
+
+def register_chat_task(app: Celery, run: Callable[[str], None]) -> None:
+    """A chat ticket: answer the request it names."""
+    app.task(run_slice_task(run), name=CHAT_TASK, ignore_result=True)
+
+
+def run_slice_task(run: Callable[[str], None]) -> Callable[[str], None]:
+    """A plain function for Celery to wrap, whatever callable it was given."""
+
+    def task(argument: str) -> None:
+        run(argument)
+
+    return task
