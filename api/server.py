@@ -12,6 +12,7 @@ import math
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException
 from gunicorn.workers.gthread import ThreadWorker
 
+from api import streaming
 from api.app import create_app
 from api.auth import is_loopback
 from shared import log, statuses
@@ -35,6 +37,8 @@ from shared.stores import Stores
 
 SOCKET_TIMEOUT_S = 30
 """A client that neither sends the rest of its request nor reads its answer for so long is cut."""
+CUT_SHORT_S = 2
+"""How long before the end of the drain chat answers in progress are ended."""
 _REASONS = {400: "Bad Request", 414: "URI Too Long", 431: "Request Header Fields Too Large"}
 _log = log.get_logger(__name__)
 
@@ -79,7 +83,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             "worker_connections": max(1000, 2 * api.threads),
             "keepalive": 15,
             "timeout": 60,
-            "graceful_timeout": math.ceil(self._settings.queue.drain_s),
+            "graceful_timeout": max(2 * CUT_SHORT_S, math.ceil(self._settings.queue.drain_s)),
             "logger_class": Logger,
             "loglevel": self._settings.log_level.lower(),
             "control_socket_disable": True,
@@ -114,10 +118,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         """On SIGTERM stop listening; gunicorn's own worker first answers what it has.
 
         A client that comes meanwhile is refused, and tries the next server, instead of being left
-        in a queue that nobody will ever look at.
+        in a queue that nobody will ever look at. Answers that are still being made when the time
+        is nearly up are cut short, or their engines would go on for nobody.
         """
         super().handle_exit(sig, frame)
         self.method_queue.defer(self._stop_listening)
+        timer = threading.Timer(self.cfg.graceful_timeout - CUT_SHORT_S, streaming.cut_short)
+        timer.daemon = True
+        timer.start()
 
     def _stop_listening(self) -> None:
         self.set_accept_enabled(False)

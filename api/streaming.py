@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -18,7 +19,7 @@ from api.schemas.chat import Chunk, ChunkChoice
 from shared.chat import Usage
 from shared.chats import ChatEnd, ChatReply
 from shared.clock import unix_now
-from shared.errors import QueueUnavailable, RequestAborted, VlmqError
+from shared.errors import ModelUnavailable, QueueUnavailable, RequestAborted, VlmqError
 from shared.log import get_logger
 from shared.statuses import error_body
 
@@ -31,6 +32,17 @@ _PING = b": ping\n\n"
 _DONE = b"data: [DONE]\n\n"
 _log = get_logger(__name__)
 _encoder = msgspec.json.Encoder()
+
+
+_stopping = threading.Event()
+
+
+def cut_short() -> None:
+    """End every answer of this process, and any that begins, with an error to try again.
+
+    For a server that must exit: its clients are told, and the work for them is stopped.
+    """
+    _stopping.set()
 
 
 class Client:
@@ -47,13 +59,18 @@ class Client:
         self._next_look = time.monotonic() + POLL_S
 
     def check(self) -> None:
-        """Look, at most every ``POLL_S``. Raises: RequestAborted if the client has gone."""
+        """Look, at most every ``POLL_S``.
+
+        Raises: RequestAborted if the client has gone, ModelUnavailable if this server must exit.
+        """
         now = time.monotonic()
         if now < self._next_look:
             return
         self._next_look = now + POLL_S
         if self._gone():
             raise RequestAborted
+        if _stopping.is_set():
+            raise ModelUnavailable("this server is stopping; send the request again")
 
     def _gone(self) -> bool:
         if self._socket is None:

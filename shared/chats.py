@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from shared.connection import PREFIX, Connection
+from shared.connection import PREFIX, Connection, redis_errors
 from shared.errors import (
     EngineCrashed,
     ModelUnavailable,
@@ -286,6 +286,7 @@ class ChatDesk:
         self._coalesce_s = coalesce_s
         self._pending: deque[tuple[str, ChatEvent]] = deque()
         self._wake = threading.Event()
+        self._urgent = threading.Event()
         self._closed = False
         self._writer = threading.Thread(target=self._write, name="replies", daemon=True)
         self._writer.start()
@@ -299,12 +300,14 @@ class ChatDesk:
         """Send an event soon; never blocks."""
         self._pending.append((inbox, event))
         self._wake.set()
+        if event.kind != "delta":
+            self._urgent.set()
 
     def watch_aborts(self, on_abort: Callable[[str], None]) -> None:
         """Call ``on_abort`` with each request whose client went away, for ever. Needs a thread."""
         while not self._closed:
             try:
-                with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
+                with redis_errors(), self._redis.pubsub(ignore_subscribe_messages=True) as channel:
                     channel.subscribe(ABORTS)
                     while not self._closed:
                         message = channel.get_message(timeout=1.0)
@@ -328,8 +331,10 @@ class ChatDesk:
             batch = [self._pending.popleft() for _ in range(len(self._pending))]
             self._flush(batch)
             # First words leave at once; a flood of them leaves a handful of times per second.
-            if len(batch) > 1 or self._pending:
-                time.sleep(self._coalesce_s)
+            # Only words wait: whoever waits for an end waits for nothing else.
+            self._urgent.clear()
+            if all(event.kind == "delta" for _, event in self._pending):
+                self._urgent.wait(self._coalesce_s)
 
     def _flush(self, batch: list[tuple[str, ChatEvent]]) -> None:
         by_inbox: dict[str, list[ChatEvent]] = {}

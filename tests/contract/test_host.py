@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -426,3 +428,26 @@ def test_a_host_of_another_protocol_version_is_refused(
     client = EngineClient(run_dir, MODEL, wait_s=0.5)
     assert isinstance(Stream(client, "hello?").result(), EngineUnavailable)
     client.close()
+
+
+def test_a_client_works_on_both_sides_of_a_fork(run_dir: Path, start_host: StartHost) -> None:
+    """The child makes its own thread and connections and leaves its parent's alone."""
+    start_host()
+    program = f"""
+import os, sys
+from pathlib import Path
+from tests.contract.hosts import MODEL, ask
+from workers.inference.engines.client import EngineClient
+
+client = EngineClient(Path({str(run_dir)!r}), MODEL)
+assert client.complete(ask("before"), timeout_s=20).text == "before"
+child = os.fork()
+text = "parent" if child else "child"
+assert client.complete(ask(text), timeout_s=20).text == text
+client.close()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os._exit(0)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], timeout=PATIENCE_S, check=False)
+    assert ended.returncode == 0

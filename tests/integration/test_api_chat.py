@@ -439,6 +439,30 @@ def test_a_pipelined_request_does_not_count_as_gone(api: ApiServer, worker: Scri
             received += piece
 
 
+def test_a_stream_longer_than_the_drain_is_ended_and_its_work_stopped(
+    start_api: StartApi,
+) -> None:
+    """SIGTERM: the client is told to try again, the worker to stop, and the server exits."""
+    with start_api() as server, contextlib.closing(Stores.connect(server.settings)) as stores:
+        stores.models.link("endless", None, engine="echo")
+        worker = ScriptedWorker(stores, SCRIPTS)
+        try:
+            _wait_for(lambda: stores.presence.nodes() != [])
+            with server.connect() as connection:
+                connection.sendall(_request("endless", stream=True))
+                _wait_for(lambda: worker.answering)
+                assert server.stop() == 0
+                received = b""
+                while piece := connection.recv(65536):
+                    received += piece
+            [mine] = worker.answering.values()
+            assert mine.aborted.wait(5)
+            assert b"this server is stopping" in received
+            assert b"[DONE]" not in received
+        finally:
+            worker.close()
+
+
 def _request(model: str, stream: bool) -> bytes:
     body = json.dumps({"model": model, "messages": HELLO, "stream": stream}).encode()
     head = (

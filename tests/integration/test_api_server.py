@@ -22,6 +22,10 @@ from shared.storage import Layout, write_json
 from tests.integration.api_server import ApiServer, StartApi
 
 LINE = b'{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {}}\n'
+CONFLICTING_LENGTHS = (
+    b"POST /v1/batches HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -247,11 +251,7 @@ def test_cancel_accepts_no_body_but_an_empty_object(api: ApiServer) -> None:
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nBad Header: x\r\n\r\n", 400),
-        (
-            b"POST /v1/batches HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
-            + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-            400,
-        ),
+        (CONFLICTING_LENGTHS, 400),
     ],
 )
 def test_what_is_not_http_gets_an_error_object_too(api: ApiServer, raw: bytes, status: int) -> None:

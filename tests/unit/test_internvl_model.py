@@ -151,7 +151,11 @@ def _prompts(sizes_px: list[int]) -> tuple[list[list[int]], list[Any]]:
         cut = tiles_of(scenes.scene("held_out", index, size_px).image, TINY)
         tiles.append(cut if size_px != 100 else no_tiles(TINY))
         prompts.append(
-            [1, *[context] * (len(tiles[-1]) * TINY.tokens_per_tile), *vocabulary.encode("Describe")]
+            [
+                1,
+                *[context] * (len(tiles[-1]) * TINY.tokens_per_tile),
+                *vocabulary.encode("Describe"),
+            ]
         )
     return prompts, tiles
 
@@ -160,7 +164,9 @@ def _continued(backbone: Backbone, prompts: list[list[int]], tiles: list[Any]) -
     """Logits of each prompt alone: one prefill, then tokens 40, 41 and 42."""
     seen = []
     for prompt, cut in zip(prompts, tiles, strict=True):
-        seen.append(torch.cat([backbone.join([prompt], [cut]), *[backbone.step([t]) for t in (40, 41, 42)]]))
+        seen.append(
+            torch.cat([backbone.join([prompt], [cut]), *[backbone.step([t]) for t in (40, 41, 42)]])
+        )
         backbone.leave(0)
     return seen
 

@@ -31,9 +31,7 @@ def test_an_index_always_gives_the_same_scene() -> None:
 def test_no_image_is_in_both_splits() -> None:
     """The pictures of the two splits have different digests."""
     digests = {
-        split: {
-            hashlib.sha256(one.image.tobytes()).digest() for one in scenes.scenes(split, 150)
-        }
+        split: {hashlib.sha256(one.image.tobytes()).digest() for one in scenes.scenes(split, 150)}
         for split in ("train", "held_out")
     }
     assert len(digests["train"]) == len(digests["held_out"]) == 150
