@@ -328,12 +328,12 @@ class ChatDesk:
             self._wake.clear()
             if not self._pending:
                 continue
+            self._urgent.clear()
             batch = [self._pending.popleft() for _ in range(len(self._pending))]
             self._flush(batch)
             # First words leave at once; a flood of them leaves a handful of times per second.
-            # Only words wait: whoever waits for an end waits for nothing else.
-            self._urgent.clear()
-            if all(event.kind == "delta" for _, event in self._pending):
+            # Only words wait: an end, an error or a claim holds up whoever waits for it.
+            if len(batch) > 1 or self._pending:
                 self._urgent.wait(self._coalesce_s)
 
     def _flush(self, batch: list[tuple[str, ChatEvent]]) -> None:

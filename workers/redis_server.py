@@ -103,6 +103,8 @@ def command(settings: Settings) -> tuple[str, ...]:
         "maxmemory-policy": "noeviction",
         "save": "",
         "daemonize": "no",
+        # Its title would overwrite the environment, and with it the mark of our processes.
+        "set-proc-title": "no",
         "logfile": "",
     }
     options = [word for name, value in arguments.items() for word in (f"--{name}", value)]
