@@ -75,7 +75,7 @@ def _read(size: int) -> bytes:
     try:
         data: bytes = request.environ["wsgi.input"].read(size)
     except BlockingIOError:
-        # How a receive time-out set on the socket shows (api.server sets one).
+        # How a receive time-out set on the socket shows (api.connection sets one).
         raise RequestTimeout("the body did not arrive in time") from None
     except (ParseException, OSError) as error:
         raise InvalidRequest(f"the body could not be read: {error}") from None

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import socket
-import struct
 import sys
 import threading
 from collections.abc import Sequence
@@ -24,9 +22,9 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException
 from gunicorn.workers.gthread import ThreadWorker
 
-from api import streaming
 from api.app import create_app
 from api.auth import is_loopback
+from api.connection import bound_stalls, cut_short
 from shared import log, statuses
 from shared.errors import ConfigurationError, VlmqError
 from shared.keys import KeyStore
@@ -35,8 +33,6 @@ from shared.settings import Settings, load_settings
 from shared.storage import Layout, write_bytes
 from shared.stores import Stores
 
-SOCKET_TIMEOUT_S = 30
-"""A client that neither sends the rest of its request nor reads its answer for so long is cut."""
 CUT_SHORT_S = 2
 """How long before the end of the drain chat answers in progress are ended."""
 _REASONS = {400: "Bad Request", 414: "URI Too Long", 431: "Request Header Fields Too Large"}
@@ -88,12 +84,13 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             "loglevel": self._settings.log_level.lower(),
             "control_socket_disable": True,
             "when_ready": self._when_ready,
+            "post_fork": self._post_fork,
             "worker_exit": self._worker_exit,
         }
 
     def _when_ready(self, arbiter: Any) -> None:
         for listener in arbiter.LISTENERS:
-            _limit_patience(listener.sock)
+            bound_stalls(listener.sock)
         port = arbiter.LISTENERS[0].sock.getsockname()[1]
         keys = KeyStore(Layout(self._settings.data_dir).keys).required()
         _log.info(
@@ -105,6 +102,10 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         )
         if self._port_file is not None:
             write_bytes(self._port_file, f"{port}\n".encode())
+
+    def _post_fork(self, arbiter: Any, worker: Any) -> None:
+        # gunicorn's own look for a new parent comes late, and then waits for open answers.
+        die_with_parent(worker.ppid)
 
     def _worker_exit(self, arbiter: Any, worker: Any) -> None:
         if self._stores is not None:
@@ -123,7 +124,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         """
         super().handle_exit(sig, frame)
         self.method_queue.defer(self._stop_listening)
-        timer = threading.Timer(self.cfg.graceful_timeout - CUT_SHORT_S, streaming.cut_short)
+        timer = threading.Timer(self.cfg.graceful_timeout - CUT_SHORT_S, cut_short)
         timer.daemon = True
         timer.start()
 
@@ -164,16 +165,12 @@ class Logger(glogging.Logger):  # type: ignore[misc]  # gunicorn has no types
         # Its chatter about booting workers is not news.
         self.error_log.setLevel(max(logging.WARNING, self.loglevel))
 
-
-def _limit_patience(listener: socket.socket) -> None:
-    """Give every connection time-outs in the kernel; connections inherit them from the listener.
-
-    gunicorn keeps its sockets blocking, so without this a client that stalls keeps a thread for
-    ever, be it in the middle of its headers, its body or our answer.
-    """
-    timeval = struct.pack("ll", SOCKET_TIMEOUT_S, 0)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    def exception(self, msg: str, *args: Any, **kwargs: Any) -> None:
+        """Log a traceback, but not for a client that stalled: anybody could fill the disk so."""
+        if isinstance(sys.exc_info()[1], BlockingIOError | TimeoutError):
+            self.error_log.debug("client_stalled")
+        else:
+            super().exception(msg, *args, **kwargs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

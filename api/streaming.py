@@ -6,25 +6,21 @@ aborts it as soon as nobody is left to read the rest.
 
 from __future__ import annotations
 
-import socket
-import ssl
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Self
 
 import msgspec
 
+from api.connection import POLL_S, Client
 from api.schemas.chat import Chunk, ChunkChoice
 from shared.chat import Usage
 from shared.chats import ChatEnd, ChatReply
 from shared.clock import unix_now
-from shared.errors import ModelUnavailable, QueueUnavailable, RequestAborted, VlmqError
+from shared.errors import QueueUnavailable, RequestAborted, VlmqError
 from shared.log import get_logger
 from shared.statuses import error_body
 
-POLL_S = 0.5
-"""How often a client's connection is looked at."""
 PING_S = 10.0
 """A stream that has nothing to say sends a comment this often, to meet proxies' time-outs and to
 notice a client whose machine vanished without closing the connection."""
@@ -32,55 +28,6 @@ _PING = b": ping\n\n"
 _DONE = b"data: [DONE]\n\n"
 _log = get_logger(__name__)
 _encoder = msgspec.json.Encoder()
-
-
-_stopping = threading.Event()
-
-
-def cut_short() -> None:
-    """End every answer of this process, and any that begins, with an error to try again.
-
-    For a server that must exit: its clients are told, and the work for them is stopped.
-    """
-    _stopping.set()
-
-
-class Client:
-    """The other end of this request's connection, as far as gunicorn lets one see it.
-
-    A client that has shut down its sending side counts as gone, as in other servers. Under TLS, or
-    another server, only a failing write tells.
-    """
-
-    def __init__(self, environ: Mapping[str, Any]) -> None:
-        found = environ.get("gunicorn.socket")
-        plain = isinstance(found, socket.socket) and not isinstance(found, ssl.SSLSocket)
-        self._socket: socket.socket | None = found if plain else None
-        self._next_look = time.monotonic() + POLL_S
-
-    def check(self) -> None:
-        """Look, at most every ``POLL_S``.
-
-        Raises: RequestAborted if the client has gone, ModelUnavailable if this server must exit.
-        """
-        now = time.monotonic()
-        if now < self._next_look:
-            return
-        self._next_look = now + POLL_S
-        if self._gone():
-            raise RequestAborted
-        if _stopping.is_set():
-            raise ModelUnavailable("this server is stopping; send the request again")
-
-    def _gone(self) -> bool:
-        if self._socket is None:
-            return False
-        try:
-            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
 
 
 class Reading:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import click
 import httpx
@@ -29,7 +30,7 @@ MODEL = "tiny-internvl2"
 SCENES = 200
 SHOWN = 5
 REQUIRED_SHARE = 0.95
-ENDPOINT = "/v1/chat/completions"
+ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 START_LIMIT_S = 120
 BATCH_LIMIT_S = 600
 
@@ -140,8 +141,9 @@ def chat(sdk: openai.OpenAI, picture: Picture) -> None:
     """Ask about one picture and show the answer as it comes."""
     click.echo(f"\nPOST {ENDPOINT} (streamed): {picture.path.name}, {picture.caption!r}")
     click.echo("  ", nl=False)
-    stream = sdk.chat.completions.create(  # type: ignore[call-overload]
-        model=MODEL, messages=picture.messages("Describe the image."), stream=True, temperature=0
+    messages: Any = picture.messages("Describe the image.")
+    stream: Any = sdk.chat.completions.create(
+        model=MODEL, messages=messages, stream=True, temperature=0
     )
     for chunk in stream:
         if chunk.choices and chunk.choices[0].delta.content:
@@ -155,9 +157,7 @@ def batch(sdk: openai.OpenAI, pictures: list[Picture]) -> float:
     started = time.monotonic()
     lines = [request_line(number, picture) for number, picture in enumerate(pictures)]
     uploaded = sdk.files.create(file=("pictures.jsonl", "".join(lines).encode()), purpose="batch")
-    job = sdk.batches.create(
-        input_file_id=uploaded.id, endpoint=ENDPOINT, completion_window="24h"
-    )
+    job = sdk.batches.create(input_file_id=uploaded.id, endpoint=ENDPOINT, completion_window="24h")
     while job.status in ("validating", "in_progress", "finalizing"):
         if time.monotonic() - started > BATCH_LIMIT_S:
             raise click.ClickException(f"the batch took longer than {BATCH_LIMIT_S} s: {job}")

@@ -15,17 +15,27 @@ import msgspec
 
 from shared.clock import unix_now
 from shared.connection import PREFIX, Connection
-from shared.errors import IllegalTransition, InvalidValue, LeaseLost, NotFound, VlmqError
+from shared.errors import (
+    IllegalTransition,
+    InvalidValue,
+    LeaseLost,
+    NotFound,
+    QueueUnavailable,
+    VlmqError,
+)
 from shared.files import FileRecord
 from shared.ids import is_id, new_id
 from shared.jobs import Batch, BatchProblem, BatchSpec, BatchState, StopReason
 from shared.leases import Lease
+from shared.log import get_logger
 from shared.manifest import Plan
 from shared.paging import Page, ids_after
 from shared.queue import Tickets
 from shared.scripts import Scripts
 from shared.shards import ShardHeader
 from shared.storage import Layout, remove_tree, require_space, storage_errors, write_json
+
+log = get_logger(__name__)
 
 _WINDOW_UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 _COMMIT = struct.Struct("<I")
@@ -102,9 +112,9 @@ class BatchStore:
             write_json(folder / "batch.json", spec)
             self.enter(spec)
         except VlmqError:
-            remove_tree(folder)
+            remove_tree(folder)  # should Redis have it all the same, planning will see it is gone
             raise
-        self._tickets.control()
+        self._announce()
         return self.get(owner, spec.id)
 
     def enter(self, spec: BatchSpec) -> None:
@@ -133,7 +143,7 @@ class BatchStore:
         """The owner's batches, newest first. Raises: InvalidValue for an unknown ``after``."""
         index = f"{PREFIX}batches:{owner}"
         ids, has_more = ids_after(self._redis, index, after=after, limit=limit)
-        return Page([batch for batch in self._read(ids) if batch is not None], has_more)
+        return Page([batch for batch in self._read(ids) if batch is not None], has_more=has_more)
 
     def cancel(self, owner: str, batch_id: str) -> Batch:
         """Ask a batch to stop; what is done by then is kept.
@@ -156,7 +166,13 @@ class BatchStore:
             raise NotFound(f"there is no batch '{batch_id}'")
         if state != "ok":
             raise IllegalTransition(f"the batch is {state} and cannot be {reason}")
-        self._tickets.control()
+        self._announce()
+
+    def _announce(self) -> None:
+        try:
+            self._tickets.control()
+        except QueueUnavailable:
+            log.warning("ticket_not_published")  # the reaper publishes what is missing
 
     def folder(self, batch_id: str) -> Path:
         """Where its records are."""
@@ -230,8 +246,14 @@ class BatchStore:
         self._require(done, lease, {state})
         self.write_final(lease.spec)
 
+    def is_recorded(self, spec: BatchSpec) -> bool:
+        """Whether the batch is on shared storage, which is what makes it exist."""
+        return (self.folder(spec.id) / "batch.json").exists()
+
     def write_final(self, spec: BatchSpec) -> None:
         """Record on disk how the batch ended."""
+        if not self.is_recorded(spec):
+            return
         write_json(self.folder(spec.id) / "final.json", self.get(spec.owner, spec.id))
 
     def commits(self, batch_id: str) -> Iterator[tuple[int, int]]:

@@ -351,7 +351,7 @@ class ChatDesk:
                 return
             except QueueUnavailable:
                 if self._closed:
-                    log.error("replies_lost", events=len(batch))
+                    log.error("replies_lost", events=len(batch))  # noqa: TRY400 - the cause is known
                     return
                 time.sleep(0.2)
 

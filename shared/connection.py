@@ -34,7 +34,7 @@ def redis_errors() -> Iterator[None]:
 
 
 class _Pipeline(Pipeline):
-    def execute(self, raise_on_error: bool = True) -> list[Any]:
+    def execute(self, raise_on_error: bool = True) -> list[Any]:  # noqa: FBT001, FBT002 - as redis-py's
         with redis_errors():
             return list(super().execute(raise_on_error))
 
@@ -50,7 +50,7 @@ class Connection(redis.Redis):
         with redis_errors():
             return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
-    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:  # noqa: FBT001, FBT002 - as redis-py's
         """Commands sent together; ``execute`` raises QueueUnavailable."""
         return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
 

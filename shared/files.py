@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import msgspec
 
@@ -130,7 +130,7 @@ class FileStore:
             rows = self._redis.mget([f"{PREFIX}file:{file_id}" for file_id in ids])
             records = [msgspec.json.decode(row, type=FileRecord) for row in rows if row is not None]
             found += [record for record in records if purpose in (None, record.purpose)]
-        return Page(found[:limit], len(found) > limit or has_more)
+        return Page(found[:limit], has_more=len(found) > limit or has_more)
 
     def delete(self, owner: str, file_id: str) -> None:
         """Delete a file. Raises: NotFound; FileInUse while a live batch reads it."""
@@ -180,10 +180,10 @@ class FileWriter:
         self._committed = False
         self._stream: BinaryIO | None = None
 
-    def __enter__(self) -> FileWriter:
+    def __enter__(self) -> Self:
         with storage_errors(self._folder):
             self._folder.mkdir(mode=0o700)
-            self._stream = open(self._folder / "content", "xb")  # noqa: SIM115 - closed in __exit__
+            self._stream = open(self._folder / "content", "xb")
             os.chmod(self._folder / "content", 0o600)
         return self
 

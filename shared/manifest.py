@@ -115,9 +115,15 @@ class Manifest:
             size = path.stat().st_size
         except FileNotFoundError:
             return frozenset()
-        with storage_errors(path), open(path, "rb") as stream:
-            with mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ) as data:
-                with memoryview(data) as raw, raw.cast("Q") as lines:
-                    start = bisect_left(lines, first_line)
-                    stop = bisect_left(lines, last_line + 1)
-                    return frozenset(lines[start:stop])
+        if size == 0:
+            return frozenset()
+        with (
+            storage_errors(path),
+            open(path, "rb") as stream,
+            mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ) as data,
+            memoryview(data) as raw,
+            raw.cast("Q") as lines,
+        ):
+            start = bisect_left(lines, first_line)
+            stop = bisect_left(lines, last_line + 1)
+            return frozenset(lines[start:stop].tolist())

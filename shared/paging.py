@@ -12,7 +12,7 @@ T = TypeVar("T")
 class Page(Generic[T]):
     """Some items, and whether more follow."""
 
-    def __init__(self, items: list[T], has_more: bool) -> None:
+    def __init__(self, items: list[T], *, has_more: bool) -> None:
         self.items = items
         self.has_more = has_more
 

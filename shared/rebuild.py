@@ -15,11 +15,12 @@ import msgspec
 
 from shared.batches import BatchStore
 from shared.connection import Connection
+from shared.errors import StorageFailed
 from shared.files import FileRecord, FileStore
 from shared.jobs import Batch, BatchProblem, BatchSpec, BatchState
 from shared.manifest import Manifest
 from shared.scripts import Scripts
-from shared.shards import find_shards, read_header
+from shared.shards import ShardHeader, find_shards, read_header
 from shared.storage import Layout, read_json
 
 _TOKEN_LEAP = 1 << 20
@@ -34,6 +35,8 @@ class RebuildReport(msgspec.Struct):
     files: int = 0
     batches: int = 0
     chunks_kept: int = 0
+    damaged: list[str] = []
+    """Shards that could not be read; their chunks are computed again."""
 
 
 class Rebuild:
@@ -88,9 +91,7 @@ class Rebuild:
     def _running(self, spec: BatchSpec, folder: Path) -> None:
         plan = Manifest(folder).plan
         tokens = self._tokens(folder)
-        headers = {
-            chunk: read_header(path) for chunk, (_, path) in tokens.items() if chunk < plan.chunks
-        }
+        headers = self._headers(tokens)
         upcoming = max(headers, default=-1) + 1
         fields: dict[str, Any] = {
             "state": BatchState.IN_PROGRESS.value,
@@ -126,6 +127,16 @@ class Rebuild:
             if chunk not in found or token > found[chunk][0]:
                 found[chunk] = (token, path)
         return found
+
+    def _headers(self, tokens: dict[int, tuple[int, Path]]) -> dict[int, ShardHeader]:
+        """What each shard holds; a damaged one is left out, so its chunk is computed again."""
+        headers: dict[int, ShardHeader] = {}
+        for chunk, (_, path) in tokens.items():
+            try:
+                headers[chunk] = read_header(path)
+            except StorageFailed as error:
+                self.report.damaged.append(error.message)
+        return headers
 
     def _restore(
         self,

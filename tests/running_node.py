@@ -115,7 +115,9 @@ class RunningNode:
     def _is_up(self) -> bool:
         assert self.process is not None
         if self.process.poll() is not None:
-            raise AssertionError(f"the node exited with {self.process.returncode}:\n{self._why_not()}")
+            raise AssertionError(
+                f"the node exited with {self.process.returncode}:\n{self._why_not()}"
+            )
         try:
             if httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=5).status_code != 200:
                 return False

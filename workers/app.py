@@ -75,12 +75,15 @@ def run_batch_consumer(settings: Settings) -> None:
             )
         ]
 
+    def run_slice(lane: str) -> None:
+        worker[0].run_slice(lane)
+
     def on_stop(**_: Any) -> None:
         flag.set()
 
     signals.worker_process_init.connect(after_fork, weak=False)
     signals.worker_shutting_down.connect(on_stop, weak=False)
-    register_batch_task(app, lambda lane: worker[0].run_slice(lane))
+    register_batch_task(app, run_slice)
     models = _served_models(settings)
     queues = [CONTROL_QUEUE, *(batch_queue(model) for model in models)]
     _run(app, "batch", settings, queues, pool="prefork", concurrency=settings.node.batch_processes)

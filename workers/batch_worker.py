@@ -13,6 +13,7 @@ from shared.errors import (
     BatchExpired,
     EngineUnavailable,
     LeaseLost,
+    ModelNotFound,
     QueueUnavailable,
     StorageFailed,
     StorageFull,
@@ -20,6 +21,7 @@ from shared.errors import (
 )
 from shared.leases import CONTROL_LANE, Lease
 from shared.log import get_logger
+from shared.models import ModelRecord
 from shared.settings import Settings
 from shared.stores import Stores
 from workers.inference.batch import ChunkResult, ChunkRun
@@ -107,7 +109,7 @@ class BatchWorker:
         except (StorageFailed, EngineUnavailable, QueueUnavailable) as error:
             bound.error("unit_postponed", error=str(error))
             self._back_off(lease, error.code)
-        except Exception:
+        except Exception:  # noqa: BLE001 - a bug here must not stop the worker; it is capped
             bound.exception("unit_failed")
             self._back_off(lease, "internal_error", counts=True)
 
@@ -122,7 +124,7 @@ class BatchWorker:
             lease,
             batch_dir=self._stores.batches.folder(lease.batch_id),
             source=self._stores.layout.file_dir(lease.spec.input_file_id) / "content",
-            model=self._stores.models.get(lease.model),
+            model=self._model(lease.model),
             settings=self._settings,
             flight=self._flight(lease.model),
             read_image=self._images.reader(lease.spec.owner),
@@ -130,6 +132,12 @@ class BatchWorker:
         )
         if self._commit(lease, run.run()):
             self._stores.tickets.control()
+
+    def _model(self, name: str) -> ModelRecord | None:
+        try:
+            return self._stores.models.get(name)
+        except ModelNotFound:
+            return None  # removed while the batch ran
 
     def _commit(self, lease: Lease, result: ChunkResult) -> bool:
         """Tell Redis of the shard, however long it is away; says whether it was the last one."""

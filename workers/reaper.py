@@ -51,7 +51,7 @@ class Reaper:
             except QueueUnavailable as error:
                 log.warning("reaper_waits", error=str(error))
             except VlmqError as error:
-                log.error("reaper_turn_failed", error=str(error))
+                log.error("reaper_turn_failed", error=str(error))  # noqa: TRY400 - its message says all
 
     def turn(self) -> None:
         """One look at everything. Raises: QueueUnavailable, StorageFailed."""

@@ -6,8 +6,9 @@ from flask import Blueprint, Response, request
 
 from api import current
 from api.bodies import json_body, require_no_query
+from api.connection import Client
 from api.idempotency import fingerprint, once
-from api.streaming import Client, EventStream, Reading, collect
+from api.streaming import EventStream, Reading, collect
 from shared.chat import ChatRequest, completion_body, encode, parse_chat_request
 from shared.clock import unix_now
 

@@ -8,6 +8,7 @@ from flask import Blueprint, Response, request, send_file
 
 from api import current
 from api.bodies import body_chunks, parsed_query, require_no_query
+from api.connection import Client
 from api.errors import json_response
 from api.idempotency import fingerprint, once
 from api.multipart import FORM_OVERHEAD_BYTES, FormReader
@@ -68,6 +69,7 @@ def content(file_id: str) -> Response:
     require_no_query()
     files = current.stores().files
     record = files.get(current.owner(), file_id)
+    Client(request.environ).bound_download()
     return send_file(
         files.content_path(current.owner(), file_id),
         mimetype=_media_type(record),

@@ -146,12 +146,11 @@ def _keys(settings: Settings) -> Iterator[Finding]:
 
 def _rebuild(settings: Settings, *, as_json: bool) -> None:
     # Only this needs the stores, and with them Celery.
-    from shared.rebuild import rebuild
     from shared.stores import Stores
 
     stores = Stores.connect(settings)
     try:
-        report = msgspec.to_builtins(rebuild(stores))
+        report = msgspec.to_builtins(stores.rebuild())
     finally:
         stores.close()
     if as_json:

@@ -120,9 +120,7 @@ def test_a_wiped_valkey_is_rebuilt_from_shared_storage(
     assert_each_answered_once(sdk, wait_until_ended(sdk, batch_id, RECOVERY_LIMIT_S), ITEMS)
 
 
-def test_sigterm_drains_and_the_next_start_goes_on(
-    node: RunningNode, sdk: openai.OpenAI
-) -> None:
+def test_sigterm_drains_and_the_next_start_goes_on(node: RunningNode, sdk: openai.OpenAI) -> None:
     """Stopping in good order in the middle loses nothing."""
     batch_id = start_and_reach_the_middle(sdk)
     assert node.stop() == 0

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from api.auth import is_loopback
-from api.server import SOCKET_TIMEOUT_S, _limit_patience
+from api.connection import STALL_S, bound_stalls
 from shared import errors
 from shared.statuses import error_body, status_of, type_of
 
@@ -70,8 +70,8 @@ def test_loopback_is_this_machine_and_nothing_that_resembles_it(host: str, loopb
 def test_accepted_connections_inherit_the_time_outs() -> None:
     """So a client that stalls anywhere gives its thread back."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        _limit_patience(listener)
+        bound_stalls(listener)
         with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 raw = accepted.getsockopt(socket.SOL_SOCKET, option, 16)
-                assert struct.unpack("ll", raw) == (SOCKET_TIMEOUT_S, 0)
+                assert struct.unpack("ll", raw) == (STALL_S, 0)

@@ -15,11 +15,19 @@ import msgspec
 
 from shared.chat import completion_body
 from shared.clock import unix_now
-from shared.errors import EngineCrashed, EngineUnavailable, InvalidRequest, VlmqError, WorkerCrashed
+from shared.errors import (
+    EngineCrashed,
+    EngineUnavailable,
+    InvalidRequest,
+    ModelNotFound,
+    RequestTimedOut,
+    VlmqError,
+    WorkerCrashed,
+)
 from shared.jobs import BatchProblem
 from shared.leases import Lease
 from shared.manifest import Manifest
-from shared.models import ModelRecord
+from shared.models import ModelDefaults, ModelRecord
 from shared.settings import Settings
 from shared.shards import ShardHeader, shard_path, write_shard
 from workers.inference.batch_lines import (
@@ -68,7 +76,7 @@ class ChunkRun:
         *,
         batch_dir: Path,
         source: Path,
-        model: ModelRecord,
+        model: ModelRecord | None,
         settings: Settings,
         flight: Flight,
         read_image: ReadImage,
@@ -78,6 +86,7 @@ class ChunkRun:
         self._batch_dir = batch_dir
         self._source = source
         self._model = model
+        self._name = lease.model
         self._settings = settings
         self._flight = flight
         self._read_image = read_image
@@ -93,7 +102,7 @@ class ChunkRun:
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._created = unix_now()
-        self._heard_at = time.monotonic()
+        self._heard_at = self._answered_at = time.monotonic()
 
     def run(self) -> ChunkResult:
         """Answer every item and write the shard.
@@ -104,16 +113,21 @@ class ChunkRun:
         lines = split_lines(read_chunk(self._source, self._chunk), self._chunk.first_line)
         try:
             if self._lease.attempts >= self._settings.queue.max_chunk_attempts:
-                for line in lines:
-                    self._fail(line, line.custom_id(), WorkerCrashed(), in_batch=True)
+                self._fail_all(lines, WorkerCrashed())
+            elif self._model is None:
+                self._fail_all(lines, ModelNotFound(f"the model '{self._name}' was removed"))
             else:
                 self._parse(lines)
-                self._ask()
+                self._ask(self._model.defaults)
                 self._settle_suspects()
         except BaseException:
             self._flight.abort()
             raise
         return self._write()
+
+    def _fail_all(self, lines: Sequence[Line], error: VlmqError) -> None:
+        for line in lines:
+            self._fail(line, line.custom_id(), error, in_batch=True)
 
     # --- in ---
 
@@ -126,7 +140,7 @@ class ChunkRun:
                 request = parse_line(
                     line,
                     endpoint=self._lease.spec.endpoint,
-                    model=self._model.name,
+                    model=self._name,
                     duplicates=duplicates,
                     max_line_bytes=self._settings.queue.max_line_bytes,
                 )
@@ -136,13 +150,13 @@ class ChunkRun:
                 continue
             self._items[line.number] = _Item(line, request)
 
-    def _ask(self) -> None:
+    def _ask(self, defaults: ModelDefaults) -> None:
         """Prepare items and keep the engines supplied with them."""
         group: list[Prompt] = []
         group_bytes = 0
         journal = self._journal()
         for item in list(self._items.values()):
-            prompt = self._prepare(item, journal)
+            prompt = self._prepare(item, defaults, journal)
             if prompt is None:
                 continue
             group.append(prompt)
@@ -161,7 +175,9 @@ class ChunkRun:
             return None
         return Journal(self._batch_dir / "attempts" / f"{self._lease.unit}.json")
 
-    def _prepare(self, item: _Item, journal: Journal | None) -> Prompt | None:
+    def _prepare(
+        self, item: _Item, defaults: ModelDefaults, journal: Journal | None
+    ) -> Prompt | None:
         number = item.line.number
         if journal is not None:
             if journal.given_up(number):
@@ -172,7 +188,7 @@ class ChunkRun:
             return build_prompt(
                 number,
                 item.request.body,
-                self._model.defaults,
+                defaults,
                 self._read_image,
                 max_images=self._settings.images.max_per_request,
             )
@@ -195,7 +211,7 @@ class ChunkRun:
     def _collect(self, timeout_s: float) -> None:
         answers = self._flight.results(timeout_s)
         if answers:
-            self._heard_at = time.monotonic()
+            self._heard_at = self._answered_at = time.monotonic()
         for prompt_id, answer in answers:
             prompt = self._asked.pop(prompt_id)
             if isinstance(answer, EngineCrashed):
@@ -205,6 +221,17 @@ class ChunkRun:
         if timeout_s:
             self._keep_going()
             self._require_engine()
+            self._require_progress()
+
+    def _require_progress(self) -> None:
+        """Give up what hangs in the engines: not one answer came for a request's whole time."""
+        if time.monotonic() - self._answered_at < self._settings.api.request_timeout_s:
+            return
+        self._flight.abort()
+        for number in list(self._asked):
+            del self._asked[number]
+            self._record(number, RequestTimedOut())
+        self._answered_at = time.monotonic()
 
     def _require_engine(self) -> None:
         """Give the chunk up if this machine's engines stay away; another's may have it."""
@@ -247,7 +274,7 @@ class ChunkRun:
         body = completion_body(
             completion_id=f"chatcmpl-{name}",
             created=self._created,
-            model=self._model.name,
+            model=self._name,
             text=answer.text,
             finish_reason=answer.finish_reason,
             prompt_tokens=answer.prompt_tokens,

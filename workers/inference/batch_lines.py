@@ -155,8 +155,10 @@ def output_line(item: str, custom_id: str, body: ChatCompletion) -> bytes:
 def error_line(
     item: str, custom_id: str | None, error: VlmqError, *, in_batch: bool = False
 ) -> bytes:
-    """The line for a request that failed: as HTTP would have answered, or, if it never ran
-    (``in_batch``), in the line's own ``error``."""
+    """The line for a request that failed.
+
+    It says what HTTP would have answered, or, for a request that never ran (``in_batch``), why.
+    """
     if in_batch:
         problem = _Problem(error.code, error.message)
         line = _ResultLine(f"batch_req_{item}", custom_id, None, problem)

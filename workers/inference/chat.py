@@ -151,14 +151,14 @@ class _Answer:
         )
 
     def follow(self, client: EngineClient, prompt: Prompt) -> None:
-        """Ask the engine and wait for the end. Raises: RequestTimedOut, or why it was aborted."""
-        if self._reason is not None:
-            raise self._reason
+        """Ask the engine and wait for the end, which is sent as it comes."""
         self._handle = client.stream(prompt, self._on_delta, self._on_end)
+        if self._reason is not None:
+            self._handle.abort()  # it was aborted while its images were read
         left_s = self._job.deadline - time.time()
         if not self._done.wait(timeout=max(0.0, left_s)):
-            self._handle.abort()
-            raise RequestTimedOut()
+            self.abort(RequestTimedOut())
+            self._done.wait()
 
     def abort(self, reason: VlmqError) -> None:
         """Stop the engine's work on this; the request ends with ``reason``."""

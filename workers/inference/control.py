@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared.errors import ModelNotFound, WorkerCrashed
+from shared.errors import ModelNotFound, StorageFailed, WorkerCrashed
 from shared.jobs import BatchProblem
 from shared.leases import FINAL, PLAN, Lease
 from shared.log import get_logger
@@ -32,6 +32,8 @@ def plan(lease: Lease, stores: Stores, keeper: Keeper) -> None:
     """Write the batch's manifest, or fail the batch if nothing of its input can be run."""
     source = stores.layout.file_dir(lease.spec.input_file_id) / "content"
     try:
+        if not stores.batches.is_recorded(lease.spec):
+            raise Rejected(0, BatchProblem(StorageFailed.code, "the batch was not recorded"))
         if not source.exists():
             raise Rejected(0, BatchProblem("not_found", "the input file was deleted"))
         if lease.attempts >= stores.settings.queue.max_chunk_attempts:

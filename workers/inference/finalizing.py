@@ -102,9 +102,9 @@ class _Join:
     def errors(self, target: BinaryIO, totals: _Totals) -> None:
         """Write all error lines, those of chunks that were never done last."""
         done: set[int] = set()
-        for chunk, token in self._batches.commits(self._spec.id):
-            done.add(chunk)
-            path = shard_path(self._folder, chunk, token)
+        for index, token in self._batches.commits(self._spec.id):
+            done.add(index)
+            path = shard_path(self._folder, index, token)
             header = read_header(path)
             copy_errors(path, header, target)
             totals.failed += header.failed

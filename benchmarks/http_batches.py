@@ -1,0 +1,94 @@
+"""Batches through HTTP, as any client would run them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
+_POLL_S = 0.02
+_TIMEOUT = httpx.Timeout(600)
+
+
+class BatchClient:
+    """A keep-alive connection to one API."""
+
+    def __init__(self, base_url: str) -> None:
+        self._http = httpx.Client(base_url=base_url, timeout=_TIMEOUT)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._http.close()
+
+    def upload(self, path: Path) -> str:
+        """Stream a file up and return its id."""
+        with open(path, "rb") as stream:
+            return str(
+                self._json(
+                    self._http.post(
+                        "files",
+                        data={"purpose": "batch"},
+                        files={"file": (path.name, stream, "application/jsonl")},
+                    )
+                )["id"]
+            )
+
+    def submit(self, file_id: str) -> str:
+        """Start a batch over an uploaded file and return its id."""
+        body = {
+            "input_file_id": file_id,
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+        }
+        return str(self._json(self._http.post("batches", json=body))["id"])
+
+    def batch(self, batch_id: str) -> dict[str, Any]:
+        """The batch as it is now."""
+        return self._json(self._http.get(f"batches/{batch_id}"))
+
+    def cancel(self, batch_id: str) -> None:
+        """Ask a batch to stop."""
+        self._json(self._http.post(f"batches/{batch_id}/cancel"))
+
+    def wait(self, batch_id: str, limit_s: float) -> dict[str, Any]:
+        """Wait until a batch has ended. Raises: TimeoutError."""
+        deadline = time.monotonic() + limit_s
+        while (batch := self.batch(batch_id))["status"] not in TERMINAL:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{batch_id} is {batch['status']} after {limit_s:g} s")
+            time.sleep(_POLL_S)
+        return batch
+
+    def output_lines(self, file_id: str) -> Iterator[bytes]:
+        """The lines of a result file, streamed."""
+        with self._http.stream("GET", f"files/{file_id}/content") as response:
+            response.raise_for_status()
+            rest = b""
+            for piece in response.iter_bytes(1 << 20):
+                *lines, rest = (rest + piece).split(b"\n")
+                yield from lines
+            assert not rest, "the file does not end with a line feed"
+
+    def delete_file(self, file_id: str) -> None:
+        """Delete a file."""
+        self._json(self._http.delete(f"files/{file_id}"))
+
+    def _json(self, response: httpx.Response) -> dict[str, Any]:
+        if response.is_error:
+            raise AssertionError(f"HTTP {response.status_code}: {response.text}")
+        body: dict[str, Any] = response.json()
+        return body
+
+
+def run_to_end(client: BatchClient, file_id: str, limit_s: float) -> tuple[float, dict[str, Any]]:
+    """Seconds from the POST that creates the batch to its output file's being there, and it."""
+    start = time.perf_counter()
+    batch = client.wait(client.submit(file_id), limit_s)
+    elapsed_s = time.perf_counter() - start
+    assert batch["status"] == "completed", f"the batch ended {batch['status']}: {batch['errors']}"
+    assert batch["error_file_id"] is None, f"items failed: {batch['request_counts']}"
+    return elapsed_s, batch
