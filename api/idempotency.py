@@ -15,6 +15,7 @@ from flask import Response, request
 from api.current import owner, stores
 from api.errors import json_response
 from shared.errors import InvalidValue
+from shared.idempotency import IN_PROGRESS_S
 
 HEADER = "Idempotency-Key"
 _MAX_KEY_CHARACTERS = 255
@@ -29,10 +30,17 @@ def fingerprint(route: str, *content: bytes) -> str:
     return digest.hexdigest()
 
 
-def once(route: str, content: Callable[[], str], create: Callable[[], bytes]) -> Response:
+def once(
+    route: str,
+    content: Callable[[], str],
+    create: Callable[[], bytes],
+    *,
+    limit_s: float = IN_PROGRESS_S,
+) -> Response:
     """Answer with what ``create`` returns (JSON), or with what it returned for this key before.
 
-    ``content`` gives the request's fingerprint; it is called only if there is a key.
+    ``content`` gives the request's fingerprint; it is called only if there is a key. ``limit_s``
+    is the longest that ``create`` can take.
     Raises: IdempotencyMismatch, IdempotencyInProgress, InvalidValue for a bad key.
     """
     key = request.headers.get(HEADER)
@@ -41,7 +49,7 @@ def once(route: str, content: Callable[[], str], create: Callable[[], bytes]) ->
     if not 0 < len(key) <= _MAX_KEY_CHARACTERS:
         raise InvalidValue(f"{HEADER} has 1 to {_MAX_KEY_CHARACTERS} characters", param=HEADER)
     mark, store = content(), stores().idempotency
-    stored = store.claim(owner(), route, key, mark)
+    stored = store.claim(owner(), route, key, mark, limit_s=limit_s)
     if stored is not None:
         response = json_response(stored)
         response.headers["idempotent-replayed"] = "true"

@@ -95,6 +95,7 @@ class ChatQueue:
         self._max_open = max_open
         self._inbox = f"{PREFIX}inbox:{new_id('api_')}"
         self._replies: dict[str, ChatReply] = {}
+        self._ended: deque[str] = deque()
         self._lock = threading.Lock()
         self._reader: threading.Thread | None = None
         self._closed = threading.Event()
@@ -124,10 +125,13 @@ class ChatQueue:
 
     def _enter(self, job: ChatJob) -> None:
         pipeline = self._redis.pipeline()
+        ended = self._take_ended()
+        if ended:
+            pipeline.zrem(_OPEN, *ended)
         pipeline.zremrangebyscore(_OPEN, "-inf", time.time())
         pipeline.zcard(_OPEN)
         pipeline.zadd(_OPEN, {job.id: job.deadline})
-        is_open = pipeline.execute()[1]
+        is_open = pipeline.execute()[-2]
         if is_open >= self._max_open:
             self._redis.zrem(_OPEN, job.id)
             raise RateLimited(f"{is_open} chat requests are open already; try again shortly")
@@ -150,13 +154,13 @@ class ChatQueue:
         pipeline.execute()
 
     def forget(self, chat_id: str) -> None:
-        """Nobody waits for this request any more."""
+        """Nobody waits for this request any more. Redis hears of it with the next command."""
         with self._lock:
             self._replies.pop(chat_id, None)
-        try:
-            self._redis.zrem(_OPEN, chat_id)
-        except QueueUnavailable:
-            log.warning("chat_not_closed", chat_id=chat_id)  # its entry ends at its deadline
+        self._ended.append(chat_id)
+
+    def _take_ended(self) -> list[str]:
+        return [self._ended.popleft() for _ in range(len(self._ended))]
 
     def close(self) -> None:
         """Stop reading."""
@@ -172,6 +176,9 @@ class ChatQueue:
         last = b"0"
         while not self._closed.is_set():
             try:
+                ended = self._take_ended()
+                if ended:
+                    self._redis.zrem(_OPEN, *ended)
                 found = self._redis.xread({self._inbox: last}, count=500, block=1000)
             except QueueUnavailable:
                 self._closed.wait(0.2)

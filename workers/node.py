@@ -398,7 +398,7 @@ class Programs:
     def _program(self, role: str, module: str, *arguments: str, drain_s: float) -> Program:
         settings = self._settings
         api = settings.api
-        ready = (lambda: healthy(api.host, api.port)) if role == "api" else (lambda: True)
+        ready = (lambda: healthy(api.host, api.port)) if role == "api" else None
         return Program(
             name=role,
             command=python_program(module, *arguments, "--config", str(self._config)),

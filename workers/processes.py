@@ -22,6 +22,7 @@ from workers.logfiles import open_log, rotate, tail
 LONGEST_BACKOFF_S = 30.0
 STEADY_S = 60.0
 """A program that ran this long starts again with the shortest back-off."""
+SETTLED_S = 1.0
 PERMANENT_EXITS = {2, 3}
 """The exit statuses by which a program says that its configuration or model is at fault."""
 PERMANENT_RETRY_S = 30.0
@@ -56,8 +57,9 @@ class Program:
     name: str
     command: tuple[str, ...]
     log: Path
-    ready: Callable[[], bool] = lambda: True
-    """Asked every tick while the program starts; must answer at once."""
+    ready: Callable[[], bool] | None = None
+    """Asked every tick while the program starts; must answer at once. Without it a program is
+    taken for ready once it has lived for SETTLED_S."""
     prepare: Callable[[], None] = lambda: None
     """Called before every start, to clear away what a killed predecessor left."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -120,7 +122,7 @@ class Child:
         now = time.monotonic()
         if self.state in LIVE and self._exited():
             self._bury(now)
-        elif self.state is State.STARTING and self.program.ready():
+        elif self.state is State.STARTING and self._is_ready(now):
             self.ready_after_s = now - self.started_at
             self._change(State.READY)
         elif self.state is State.STOPPING and self._kill_at is not None and now >= self._kill_at:
@@ -150,6 +152,11 @@ class Child:
         """Keep the log of a long-running program small."""
         if rotate(self.program.log):
             self._log_start = 0
+
+    def _is_ready(self, now: float) -> bool:
+        if self.program.ready is not None:
+            return self.program.ready()
+        return now - self.started_at >= SETTLED_S
 
     def _exited(self) -> bool:
         assert self._process is not None

@@ -29,7 +29,12 @@ def create_completion() -> Response:
     current.visible_model(asked.model)
     if asked.stream:
         return _streamed(asked, body)
-    return once(_ROUTE, lambda: fingerprint(_ROUTE, body), lambda: _whole(asked, body))
+    return once(
+        _ROUTE,
+        lambda: fingerprint(_ROUTE, body),
+        lambda: _whole(asked, body),
+        limit_s=current.stores().settings.api.request_timeout_s,
+    )
 
 
 def _submit(asked: ChatRequest, body: bytes) -> Reading:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from api.multipart import FormReader, safe_filename
@@ -26,6 +26,7 @@ def _pieces(whole: bytes, cuts: list[int]) -> list[bytes]:
     return [whole[start:end] for start, end in pairwise(edges)]
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     content=st.one_of(
         st.binary(max_size=300),
@@ -57,6 +58,7 @@ def test_a_cut_just_behind_a_boundary_adds_nothing_to_the_file(behind: int) -> N
     assert bytes(got) == b"content"
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(end=st.integers(min_value=0))
 def test_a_form_cut_short_anywhere_is_an_error(end: int) -> None:
     """Nothing but the whole form, up to its closing boundary, is accepted."""
@@ -65,6 +67,7 @@ def test_a_form_cut_short_anywhere_is_an_error(end: int) -> None:
         FormReader(lambda _: None).read(CONTENT_TYPE, iter([whole[: end % len(whole)]]))
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(name=st.text())
 def test_a_safe_filename_is_safe_whatever_it_was(name: str) -> None:
     """Never empty, never a path, never longer than a file's name may be, nothing unprintable."""

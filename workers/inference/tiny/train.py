@@ -1,7 +1,7 @@
 """Trains the tiny model on two-shape scenes and writes ``checkpoint/``.
 
-``python -m workers.inference.tiny.train [OUT]`` takes a few minutes on two cores and gives the
-same weights each time on one machine. First it learns single small pictures; then, at a lower
+``python -m workers.inference.tiny.train [OUT]`` takes a few minutes on two cores; all it
+draws is seeded. First it learns single small pictures; then, at a lower
 rate, also larger ones that are cut into several tiles, and conversations of two pictures.
 """
 
