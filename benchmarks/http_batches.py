@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
 TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
-_POLL_S = 0.02
+_POLL_S = 0.05
 _TIMEOUT = httpx.Timeout(600)
 
 
@@ -20,8 +20,10 @@ class BatchClient:
     def __init__(self, base_url: str) -> None:
         self._http = httpx.Client(base_url=base_url, timeout=_TIMEOUT)
 
-    def close(self) -> None:
-        """Hang up."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._http.close()
 
     def upload(self, path: Path) -> str:
@@ -50,10 +52,6 @@ class BatchClient:
         """The batch as it is now."""
         return self._json(self._http.get(f"batches/{batch_id}"))
 
-    def cancel(self, batch_id: str) -> None:
-        """Ask a batch to stop."""
-        self._json(self._http.post(f"batches/{batch_id}/cancel"))
-
     def wait(self, batch_id: str, limit_s: float) -> dict[str, Any]:
         """Wait until a batch has ended. Raises: TimeoutError."""
         deadline = time.monotonic() + limit_s
@@ -72,10 +70,6 @@ class BatchClient:
                 *lines, rest = (rest + piece).split(b"\n")
                 yield from lines
             assert not rest, "the file does not end with a line feed"
-
-    def delete_file(self, file_id: str) -> None:
-        """Delete a file."""
-        self._json(self._http.delete(f"files/{file_id}"))
 
     def _json(self, response: httpx.Response) -> dict[str, Any]:
         if response.is_error:

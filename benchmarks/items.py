@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +42,8 @@ _decoder = msgspec.json.Decoder(_OutputLine)
 
 def item_text(number: int) -> str:
     """What item ``number`` says, twelve words: the echo engine's answer to it."""
-    return " ".join(random.Random(number).choices(_WORDS, k=11)) + f" {number}"
+    words = [_WORDS[(number * 7919 + place * place * 31) % len(_WORDS)] for place in range(11)]
+    return f"{' '.join(words)} {number}"
 
 
 def item_lines(items: int) -> Iterator[bytes]:
@@ -66,8 +66,7 @@ def item_lines(items: int) -> Iterator[bytes]:
 def write_input(path: Path, items: int) -> None:
     """Write the input file."""
     with open(path, "wb", buffering=1 << 20) as stream:
-        for line in item_lines(items):
-            stream.write(line + b"\n")
+        stream.writelines(line + b"\n" for line in item_lines(items))
 
 
 def check_output(lines: Iterator[bytes], items: int) -> None:

@@ -125,8 +125,7 @@ class PlainCelery:
         with open(output, "wb") as stream:
             for first in range(0, items, _BULK):
                 numbers = range(first, min(first + _BULK, items))
-                for answer in self._redis.hmget(_ANSWERS, numbers):
-                    stream.write(answer + b"\n")
+                stream.writelines(answer + b"\n" for answer in self._redis.hmget(_ANSWERS, numbers))
             stream.flush()
             os.fsync(stream.fileno())
 

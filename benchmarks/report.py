@@ -26,14 +26,14 @@ class Target(msgspec.Struct, frozen=True):
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """One measured number. ``samples`` are what it was made from, where that says more."""
+    """One measured number. ``made_of`` says what it was computed from."""
 
     benchmark: str
     name: str
     value: float
     unit: str
     target: Target | None = None
-    samples: list[float] = []
+    made_of: str = ""
 
     @property
     def passed(self) -> bool | None:
@@ -52,7 +52,7 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 
 def table(figures: Sequence[Figure]) -> str:
     """The figures as a Markdown table."""
-    rows = [("benchmark", "figure", "measured", "target", "")]
+    rows = [("benchmark", "figure", "measured", "target", "", "made of")]
     rows += [
         (
             figure.benchmark,
@@ -60,13 +60,19 @@ def table(figures: Sequence[Figure]) -> str:
             _number(figure.value, figure.unit),
             _target(figure),
             {None: "", True: "pass", False: "MISS"}[figure.passed],
+            figure.made_of,
         )
         for figure in figures
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def milliseconds(seconds: float) -> float:
+    """Seconds as milliseconds."""
+    return seconds * 1000
 
 
 def write_json(path: Path, figures: Sequence[Figure], about: dict[str, str]) -> None:

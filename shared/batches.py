@@ -7,7 +7,7 @@ stop) and ``final.json`` (how it ended). Each is written before Redis hears of i
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -256,12 +256,21 @@ class BatchStore:
             return
         write_json(self.folder(spec.id) / "final.json", self.get(spec.owner, spec.id))
 
-    def commits(self, batch_id: str) -> Iterator[tuple[int, int]]:
-        """Each committed chunk with the token of its shard, in the chunks' order."""
-        raw = self._redis.get(f"{PREFIX}batch:{batch_id}:commits") or b""
-        for index, (token,) in enumerate(_COMMIT.iter_unpack(raw)):
-            if token:
-                yield index, token
+    def commits(self, lease: Lease) -> Sequence[tuple[int, int]]:
+        """Each committed chunk with the token of its shard, in the chunks' order.
+
+        Read in one step with the lease: a finalizer that was overtaken must not take the list,
+        which is gone by then, for an empty one. Raises: LeaseLost.
+        """
+        name = f"{PREFIX}batch:{lease.batch_id}"
+        pipeline = self._redis.pipeline()
+        pipeline.get(f"{name}:commits")
+        pipeline.hget(f"{name}:leases", lease.unit)
+        raw, holder = pipeline.execute()
+        if holder is None or int(holder.split()[0]) != lease.token:
+            raise LeaseLost()
+        tokens = enumerate(_COMMIT.iter_unpack(raw or b""))
+        return [(index, token) for index, (token,) in tokens if token]
 
     def overdue(self) -> Sequence[str]:
         """Batches whose completion window has ended."""

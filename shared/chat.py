@@ -152,17 +152,21 @@ def explain(error: msgspec.ValidationError, root: str = "") -> InvalidRequest:
     text = str(error)
     at = _PATH.search(text)
     path = at["path"].lstrip(".") if at else ""
-    path = path.removeprefix(root)
     reason = _PATH.sub("", text)
     unknown = _UNKNOWN_FIELD.search(reason)
     if unknown:
-        param = f"{path}.{unknown['field']}" if path else unknown["field"]
+        param = _below(root, path, unknown["field"])
         return UnsupportedParameter(f"the parameter '{param}' is not supported", param=param)
     missing = re.search(r"missing required field `([^`]+)`", reason)
     if missing:
-        param = f"{path}.{missing[1]}" if path else missing[1]
+        param = _below(root, path, missing[1])
         return InvalidValue(f"the field '{param}' is required", param=param)
+    path = path.removeprefix(root)
     return InvalidValue(f"{path or 'the body'}: {reason}", param=path or None)
+
+
+def _below(root: str, path: str, field: str) -> str:
+    return f"{path}.{field}".removeprefix(".").removeprefix(root)
 
 
 class Usage(msgspec.Struct, frozen=True):

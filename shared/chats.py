@@ -40,6 +40,8 @@ _OPEN = f"{PREFIX}chats"
 _INBOX_LENGTH = 50_000
 _INBOX_TTL_S = 120
 _CHECK_AFTER_S = 1.0
+_MISSES_TO_GIVE_UP = 3
+"""One look may fall between a claim and the news of it, or between Redis's return and a beat."""
 _MAX_SUBMISSIONS = 2
 
 
@@ -174,6 +176,7 @@ class ChatQueue:
 
     def _read(self) -> None:
         last = b"0"
+        seen: dict[bytes, int] = {}
         while not self._closed.is_set():
             try:
                 ended = self._take_ended()
@@ -186,7 +189,10 @@ class ChatQueue:
             for _, entries in found:
                 for entry_id, fields in entries:
                     last = entry_id
-                    self._dispatch(_events.decode(fields[b"e"]))
+                    desk, number = fields[b"d"], int(fields[b"n"])
+                    if seen.get(desk, 0) < number:
+                        seen[desk] = number
+                        self._dispatch(_events.decode(fields[b"e"]))
 
     def _dispatch(self, events: Sequence[ChatEvent]) -> None:
         for event in events:
@@ -207,6 +213,7 @@ class ChatReply:
         self._started = False
         self._ended = False
         self._heard_at = time.monotonic()
+        self._misses = 0
 
     def deliver(self, event: ChatEvent) -> None:
         """Called by the inbox's thread."""
@@ -222,6 +229,7 @@ class ChatReply:
             self._look_after()
             return None
         self._heard_at = time.monotonic()
+        self._misses = 0
         if event.submission != self._job.submission or event.kind == "claimed":
             if event.submission == self._job.submission:
                 self._consumer = event.text
@@ -262,15 +270,21 @@ class ChatReply:
         try:
             if self._consumer is not None:
                 if not self._queue.presence.consumer_alive(self._consumer):
-                    self._again()
+                    self._missed()
             elif not self._queue.is_waiting(self._job):
-                self._again()
+                self._missed()
             elif self._queue.tickets.waiting(chat_queue(self._job.model)) == 0:
                 self._queue.tickets.chat(self._job.model, self._job.id)  # its ticket was lost
         except QueueUnavailable:
             log.warning(
                 "chat_unwatched", chat_id=self.id
             )  # Redis may come back before the deadline
+
+    def _missed(self) -> None:
+        self._misses += 1
+        if self._misses >= _MISSES_TO_GIVE_UP:
+            self._misses = 0
+            self._again()
 
     def _again(self) -> None:
         if self._started or self._job.submission >= _MAX_SUBMISSIONS:
@@ -291,6 +305,8 @@ class ChatDesk:
     def __init__(self, client: Connection, *, coalesce_s: float = 0.02) -> None:
         self._redis: Any = client
         self._coalesce_s = coalesce_s
+        self._name = new_id("desk_")
+        self._flushes = 0
         self._pending: deque[tuple[str, ChatEvent]] = deque()
         self._wake = threading.Event()
         self._urgent = threading.Event()
@@ -347,12 +363,17 @@ class ChatDesk:
         by_inbox: dict[str, list[ChatEvent]] = {}
         for inbox, event in batch:
             by_inbox.setdefault(inbox, []).append(event)
+        # If the answer to this is lost it is sent again; the reader knows it by its number.
+        self._flushes += 1
+        stamp: dict[Any, Any] = {"d": self._name, "n": self._flushes}
         while True:
             try:
                 pipeline = self._redis.pipeline(transaction=False)
                 for inbox, events in by_inbox.items():
                     body = msgspec.msgpack.encode(_coalesced(events))
-                    pipeline.xadd(inbox, {"e": body}, maxlen=_INBOX_LENGTH, approximate=True)
+                    pipeline.xadd(
+                        inbox, {"e": body, **stamp}, maxlen=_INBOX_LENGTH, approximate=True
+                    )
                     pipeline.expire(inbox, _INBOX_TTL_S)
                 pipeline.execute()
                 return

@@ -183,8 +183,13 @@ class FileWriter:
     def __enter__(self) -> Self:
         with storage_errors(self._folder):
             self._folder.mkdir(mode=0o700)
-            self._stream = open(self._folder / "content", "xb")
-            os.chmod(self._folder / "content", 0o600)
+            try:
+                # Unbuffered: closing it must not be what meets the full disk.
+                self._stream = open(self._folder / "content", "xb", buffering=0)
+                os.chmod(self._folder / "content", 0o600)
+            except OSError:
+                remove_tree(self._folder)
+                raise
         return self
 
     def __exit__(
@@ -214,13 +219,14 @@ class FileWriter:
             self._next_check = self._bytes + _CHECK_SPACE_EVERY_BYTES
         self._digest.update(data)
         with storage_errors(self._folder):
-            self._stream.write(data)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._stream.write(rest) :]  # a nearly full disk takes a part
 
     def commit(self) -> FileRecord:
         """Make the file durable and list it. Raises: StorageFull, QueueUnavailable."""
         assert self._stream is not None, "used outside its with block"
         with storage_errors(self._folder):
-            self._stream.flush()
             os.fsync(self._stream.fileno())
             sync_folder(self._folder.parent)
         now = unix_now()

@@ -7,6 +7,7 @@ whose custom_id an earlier line used, sorted; ``plan.json``, written last, makes
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -17,13 +18,15 @@ from pathlib import Path
 import msgspec
 
 from shared.errors import StorageFailed
-from shared.storage import atomic_file, read_json, storage_errors, write_json
+from shared.storage import atomic_file, read_json, storage_errors, sync_folder, write_json
 
 _RECORD = struct.Struct("<QQQI")
 _LINE = struct.Struct("<Q")
 _BUFFER = 1 << 16
+_FOLDER = "manifest"
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
 
-UNREADABLE = 0
+TOO_LONG = 0
 """The length of a chunk that is one line longer than lines may be; nobody reads it."""
 
 
@@ -49,10 +52,16 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class ManifestWriter:
-    """Writes a manifest below ``folder``; ``finish`` makes it visible."""
+    """Writes a manifest in ``scratch``; ``finish`` moves it into ``folder``, where it stays.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Raises: StorageFull, StorageFailed.
+    """
+
+    def __init__(self, folder: Path, scratch: Path) -> None:
+        self._target = folder / _FOLDER
+        self._folder = scratch / _FOLDER
+        with storage_errors(self._folder):
+            self._folder.mkdir(mode=0o700)
 
     def write_chunks(self, chunks: Iterable[Chunk]) -> int:
         """Write the chunk records as they come; returns how many."""
@@ -71,25 +80,34 @@ class ManifestWriter:
             for line in lines:
                 stream.write(_LINE.pack(line))
 
-    def finish(self, plan: Plan) -> None:
-        """Make the plan whole."""
+    def finish(self, plan: Plan) -> Plan:
+        """Make the plan whole; returns the one that counts, which is the first of several."""
         write_json(self._folder / "plan.json", plan)
+        with storage_errors(self._target):
+            try:
+                os.rename(self._folder, self._target)
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                return Manifest(self._target.parent).plan
+            sync_folder(self._target.parent)
+        return plan
 
 
 class Manifest:
     """Reads a finished manifest. Raises StorageFailed where it is damaged."""
 
     def __init__(self, folder: Path) -> None:
-        plan = read_json(folder / "plan.json")
+        self._folder = folder / _FOLDER
+        plan = read_json(self._folder / "plan.json")
         if plan is None:
             raise StorageFailed(f"{folder}: the manifest is missing")
         self.plan = msgspec.convert(plan, Plan)
-        self._folder = folder
 
     @staticmethod
     def exists(folder: Path) -> bool:
         """Whether planning was finished."""
-        return (folder / "plan.json").exists()
+        return (folder / _FOLDER / "plan.json").exists()
 
     def chunk(self, index: int) -> Chunk:
         """The chunk number ``index``, from 0."""

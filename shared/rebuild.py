@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from shared.batches import BatchStore
-from shared.connection import Connection
+from shared.connection import PREFIX, Connection
 from shared.errors import StorageFailed
 from shared.files import FileRecord, FileStore
 from shared.jobs import Batch, BatchProblem, BatchSpec, BatchState
@@ -59,11 +59,21 @@ class Rebuild:
 
     def run(self) -> RebuildReport:
         """Put back what Redis lacks. Raises: QueueUnavailable, StorageFailed."""
+        batches = _visible(self._layout.batches)
+        for folder in batches:
+            self._protect_input(folder)
         for folder in _visible(self._layout.files):
             self._file(folder)
-        for folder in _visible(self._layout.batches):
+        for folder in batches:
             self._batch(folder)
         return self.report
+
+    def _protect_input(self, folder: Path) -> None:
+        """Name the user of an input file before the file is listed, and could be swept away."""
+        value = read_json(folder / "batch.json")
+        if value is not None and not (folder / "final.json").exists():
+            spec = msgspec.convert(value, BatchSpec)
+            self._redis.sadd(f"{PREFIX}users:{spec.input_file_id}", spec.id)
 
     def _file(self, folder: Path) -> None:
         value = read_json(folder / "file.json")

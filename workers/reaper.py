@@ -15,7 +15,14 @@ from pathlib import Path
 
 from shared import log as logs
 from shared.connection import PREFIX
-from shared.errors import QueueUnavailable, VlmqError
+from shared.errors import (
+    IllegalTransition,
+    NotFound,
+    QueueUnavailable,
+    StorageFailed,
+    StorageFull,
+    VlmqError,
+)
 from shared.ids import new_id
 from shared.leases import CONTROL_LANE
 from shared.log import get_logger
@@ -101,8 +108,14 @@ class Reaper:
 
     def _expire_batches(self) -> None:
         for batch_id in self._stores.batches.overdue():
-            self._stores.batches.stop(batch_id, "expired")
-            log.info("batch_expired", batch_id=batch_id)
+            try:
+                self._stores.batches.stop(batch_id, "expired")
+                log.info("batch_expired", batch_id=batch_id)
+            except (IllegalTransition, NotFound):
+                log.info("batch_ended_first", batch_id=batch_id)
+            except (StorageFull, StorageFailed) as error:
+                # The next turn tries again; the sweep of this one may make room.
+                log.error("batch_not_expired", batch_id=batch_id, error=str(error))  # noqa: TRY400
 
     def _top_up_tickets(self) -> None:
         window = self._settings.queue.ticket_window

@@ -9,7 +9,8 @@ for _, problem in ipairs(cjson.decode(ARGV[7])) do
 end
 redis.call('ZADD', P .. 'batches:' .. field(id, 'owner'), created_ms, id)
 if terminal == '1' then
-  redis.call('ZADD', P .. 'ended', created_ms / 1000, id)
+  local ended_at = field(id, field(id, 'state') .. '_at') or created_ms / 1000
+  redis.call('ZADD', P .. 'ended', ended_at, id)
   return 1
 end
 redis.call('SET', key(id, 'commits'), commits)

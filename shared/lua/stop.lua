@@ -8,7 +8,7 @@ if not field(id, 'stop_reason') and state ~= 'finalizing' then
   if reason == 'cancelled' then
     redis.call('HSET', key(id), 'cancelling_at', math.floor(now_ms() / 1000))
   end
-  redis.call('ZREM', P .. 'deadlines', id)
 end
+redis.call('ZREM', P .. 'deadlines', id)
 settle(id)
 return 'ok'

@@ -16,7 +16,7 @@ from tests.running_node import RunningNode, running_node, wait_for
 ENDPOINT = "/v1/chat/completions"
 
 
-def start(node: RunningNode, *arguments: str, **options: object) -> subprocess.Popen[str]:
+def start(node: RunningNode, *arguments: str) -> subprocess.Popen[str]:
     """``vlmq ARGUMENTS`` against ``node``."""
     return subprocess.Popen(
         [sys.executable, "-m", "cli.main", *arguments],
@@ -24,7 +24,7 @@ def start(node: RunningNode, *arguments: str, **options: object) -> subprocess.P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "VLMQ_URL": node.base_url, "COLUMNS": "200", **options.get("env", {})},  # type: ignore[dict-item]
+        env={**os.environ, "VLMQ_URL": node.base_url, "COLUMNS": "200"},
     )
 
 
@@ -120,12 +120,21 @@ def test_failed_requests_are_counted_and_explained(node: RunningNode, tmp_path: 
     assert [json.loads(row)["custom_id"] for row in errors.open()] == ["r1"]
 
 
-def test_a_broken_file_fails_with_its_line_numbers(node: RunningNode, tmp_path: Path) -> None:
-    """Given JSON that is none in line 2, then watching exits with 1 and names the line."""
+def test_a_broken_line_is_named_by_its_number(node: RunningNode, tmp_path: Path) -> None:
+    """Given JSON that is none in line 2, then line 2 is named and the rest is done."""
     path = lines(tmp_path, ["fine"])
     path.write_text(path.read_text() + "{broken\n")
-    _, err = vlmq(node, "batch", "submit", str(path), "--watch", status=1)
+    _, err = vlmq(node, "batch", "submit", str(path), "--watch")
     assert "line 2:" in err
+    assert "done: 1/2 (1 failed)" in err
+
+
+def test_a_batch_that_fails_as_a_whole_exits_with_1(node: RunningNode, tmp_path: Path) -> None:
+    """Given a file without requests, then watching says why and exits with 1."""
+    path = tmp_path / "empty.jsonl"
+    path.write_text("\n")
+    _, err = vlmq(node, "batch", "submit", str(path), "--watch", status=1)
+    assert "empty_file" in err
 
 
 def test_ctrl_c_leaves_the_batch_running(node: RunningNode, tmp_path: Path) -> None:

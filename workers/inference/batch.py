@@ -43,9 +43,10 @@ from workers.inference.batch_lines import (
 )
 from workers.inference.engines.base import Answer, Completion, Prompt
 from workers.inference.engines.flight import Flight
+from workers.inference.engines.wire import model_slug
 from workers.inference.journal import Journal
 from workers.inference.prompts import ReadImage, build_prompt
-from workers.inference.suspects import alone, retry_suspects
+from workers.inference.suspects import alone, retry_suspects, together
 
 _GROUP_ITEMS = 64
 _GROUP_BYTES = 4 << 20
@@ -118,7 +119,9 @@ class ChunkRun:
                 self._fail_all(lines, ModelNotFound(f"the model '{self._name}' was removed"))
             else:
                 self._parse(lines)
-                self._ask(self._model.defaults)
+                with together(self._lock_path(), self._keep_going, time.sleep):
+                    self._heard_at = self._answered_at = time.monotonic()
+                    self._ask(self._model.defaults)
                 self._settle_suspects()
         except BaseException:
             self._flight.abort()
@@ -178,6 +181,7 @@ class ChunkRun:
     def _prepare(
         self, item: _Item, defaults: ModelDefaults, journal: Journal | None
     ) -> Prompt | None:
+        self._keep_going()
         number = item.line.number
         if journal is not None:
             if journal.given_up(number):
@@ -200,6 +204,8 @@ class ChunkRun:
         self._keep_going()
         if not group:
             return
+        if not self._asked:
+            self._answered_at = time.monotonic()
         self._asked.update((prompt.id, prompt) for prompt in group)
         self._flight.submit(group)
         self._collect(0)
@@ -245,10 +251,13 @@ class ChunkRun:
     def _settle_suspects(self) -> None:
         if not self._suspects:
             return
-        lock = self._settings.run_dir / "suspects.lock"
-        with alone(lock, self._keep_going, time.sleep):
+        with alone(self._lock_path(), self._keep_going, time.sleep):
+            self._heard_at = time.monotonic()
             for prompt_id, answer in retry_suspects(self._suspects, self._run_group):
                 self._record(prompt_id, answer)
+
+    def _lock_path(self) -> Path:
+        return self._settings.run_dir / f"{model_slug(self._name)}.lock"
 
     def _run_group(self, prompts: Sequence[Prompt]) -> list[Answer]:
         waiting = {prompt.id for prompt in prompts}

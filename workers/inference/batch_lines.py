@@ -63,6 +63,12 @@ class _ResultLine(msgspec.Struct, frozen=True):
     error: _Problem | None
 
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding a line may raise: broken JSON, broken UTF-8, brackets nested a thousand deep."""
+
+BOM = b"\xef\xbb\xbf"
+"""Some editors begin a UTF-8 file with it; it belongs to no line."""
+
 _strict = msgspec.json.Decoder(BatchLine)
 _loose = msgspec.json.Decoder(_LooseLine)
 _encoder = msgspec.json.Encoder()
@@ -78,7 +84,7 @@ class Line(msgspec.Struct, frozen=True):
         """The custom_id if it can be made out."""
         try:
             return _loose.decode(self.text).custom_id
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNREADABLE:
             return None
 
 
@@ -95,6 +101,8 @@ def split_lines(data: bytes, first_line: int) -> list[Line]:
     """The lines of a chunk. An unreadable chunk (``data`` empty) is one line without text."""
     if not data:
         return [Line(first_line, b"")]
+    if first_line == 1:
+        data = data.removeprefix(BOM)
     return [
         Line(number, text)
         for number, text in enumerate(data.split(b"\n"), first_line)
@@ -115,7 +123,7 @@ def parse_line(
         parsed = _strict.decode(line.text)
     except msgspec.ValidationError as error:
         raise explain(error, root="body.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise InvalidJson(f"line {line.number} is not valid JSON: {error}") from None
     if line.number in duplicates:
         raise DuplicateCustomId(param="custom_id")

@@ -42,7 +42,7 @@ def plan(lease: Lease, stores: Stores, keeper: Keeper) -> None:
             source,
             stores.batches.folder(lease.batch_id),
             stores.settings.queue,
-            knows_model=lambda name: _is_known(name, stores),
+            knows_model=lambda name: _is_known(name, lease.spec.owner, stores),
             keep_going=keeper.check,
         )
     except Rejected as rejection:
@@ -54,9 +54,8 @@ def plan(lease: Lease, stores: Stores, keeper: Keeper) -> None:
     stores.tickets.batch(found.model, min(found.chunks, stores.settings.queue.ticket_window))
 
 
-def _is_known(name: str, stores: Stores) -> bool:
+def _is_known(name: str, owner: str, stores: Stores) -> bool:
     try:
-        stores.models.get(name)
+        return stores.models.get(name).visible_to in (None, owner)
     except ModelNotFound:
         return False
-    return True

@@ -47,7 +47,7 @@ def finalize(
     """
     spec = lease.spec
     batch = batches.get(spec.owner, spec.id)
-    join = _Join(spec, batch.stop_reason, batches, layout, keep_going)
+    join = _Join(lease, batch.stop_reason, batches, layout, keep_going)
     totals = _Totals()
     output = _write(spec, "output", layout, files, lambda target: join.output(target, totals))
     errors = _write(spec, "errors", layout, files, lambda target: join.errors(target, totals))
@@ -79,15 +79,15 @@ class _Join:
 
     def __init__(
         self,
-        spec: BatchSpec,
+        lease: Lease,
         stopped: StopReason | None,
         batches: BatchStore,
         layout: Layout,
         keep_going: Callable[[], None],
     ) -> None:
-        self._spec = spec
+        spec = self._spec = lease.spec
         self._folder = batches.folder(spec.id)
-        self._batches = batches
+        self._commits = batches.commits(lease)
         self._source = layout.file_dir(spec.input_file_id) / "content"
         self._never_ran: type[VlmqError] = BatchExpired if stopped == "expired" else BatchCancelled
         self._keep_going = keep_going
@@ -102,7 +102,7 @@ class _Join:
     def errors(self, target: BinaryIO, totals: _Totals) -> None:
         """Write all error lines, those of chunks that were never done last."""
         done: set[int] = set()
-        for index, token in self._batches.commits(self._spec.id):
+        for index, token in self._commits:
             done.add(index)
             path = shard_path(self._folder, index, token)
             header = read_header(path)
@@ -112,7 +112,7 @@ class _Join:
             totals.failed += self._write_undone(chunk, target)
 
     def _shards(self) -> Iterator[Path]:
-        for count, (chunk, token) in enumerate(self._batches.commits(self._spec.id)):
+        for count, (chunk, token) in enumerate(self._commits):
             if count % _TICK_EVERY == 0:
                 self._keep_going()
             yield shard_path(self._folder, chunk, token)
@@ -132,7 +132,9 @@ class _Join:
             error_line(item_id(self._spec.id, line.number), line.custom_id(), error, in_batch=True)
             for line in split_lines(data, chunk.first_line)
         ]
-        target.write(b"".join(lines))
+        rest = memoryview(b"".join(lines))
+        while rest:
+            rest = rest[target.write(rest) :]  # a nearly full disk takes a part
         return len(lines)
 
 

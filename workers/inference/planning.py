@@ -8,6 +8,7 @@ Whether a line can be run is found out later, by the consumer that runs it.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from array import array
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -22,9 +23,10 @@ from shared.errors import (
     ModelNotFound,
 )
 from shared.jobs import BatchProblem
-from shared.manifest import UNREADABLE, Chunk, ManifestWriter, Plan
+from shared.manifest import TOO_LONG, Chunk, Manifest, ManifestWriter, Plan
 from shared.settings import QueueSettings
 from shared.storage import storage_errors
+from workers.inference.batch_lines import BOM, UNREADABLE
 
 _BUCKETS = 64
 _SPILL_EVERY = 65_536
@@ -77,16 +79,19 @@ def plan_batch(
 ) -> Plan:
     """Write the manifest of the JSONL file ``source`` below ``folder``.
 
+    A batch is cut once: if another planner was faster, its plan is the one that counts.
     ``keep_going`` is called every few thousand lines and may raise to stop.
     Raises: Rejected, StorageFull, StorageFailed.
     """
-    scratch = folder / "planning"
-    shutil.rmtree(scratch, ignore_errors=True)  # what a killed planner left
-    with storage_errors(scratch):
-        scratch.mkdir(mode=0o700)
+    if Manifest.exists(folder):
+        return Manifest(folder).plan
+    with storage_errors(folder):
+        for stale in folder.glob("planning-*"):
+            shutil.rmtree(stale, ignore_errors=True)  # what a killed planner left
+        scratch = Path(tempfile.mkdtemp(prefix="planning-", dir=folder))
     try:
         survey = _Survey(scratch, knows_model)
-        writer = ManifestWriter(folder)
+        writer = ManifestWriter(folder, scratch)
         with storage_errors(source), open(source, "rb", buffering=_READ_BYTES) as stream:
             lines = survey.watch(read_lines(stream, settings.max_line_bytes), keep_going)
             chunks = writer.write_chunks(cut(lines, settings))
@@ -97,9 +102,7 @@ def plan_batch(
                 stream.seek(0)
                 again = read_lines(stream, settings.max_line_bytes)
                 writer.write_duplicates(_duplicate_lines(again, repeated, keep_going))
-        plan = Plan(model=model, chunks=chunks, total=survey.total)
-        writer.finish(plan)
-        return plan
+        return writer.finish(Plan(model=model, chunks=chunks, total=survey.total))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -110,10 +113,12 @@ def read_lines(stream: BinaryIO, max_line_bytes: int) -> Iterator[Line]:
     while text := stream.readline(max_line_bytes + 1):
         number += 1
         length = len(text)
+        if number == 1:
+            text = text.removeprefix(BOM)
         if length > max_line_bytes and not text.endswith(b"\n"):
             length += _skip_line(stream)
             yield Line(number, offset, length, b"")
-        elif not text.isspace():
+        elif text and not text.isspace():
             yield Line(number, offset, length, text)
         offset += length
 
@@ -146,7 +151,7 @@ def cut(lines: Iterator[Line], settings: QueueSettings) -> Iterator[Chunk]:
 
 
 def _chunk(index: int, first: Line, last: Line, items: int) -> Chunk:
-    length = last.offset + last.length - first.offset if first.text else UNREADABLE
+    length = last.offset + last.length - first.offset if first.text else TOO_LONG
     return Chunk(index, first.offset, length, first.number, items)
 
 
@@ -159,6 +164,8 @@ class _Survey:
         self._knows_model = knows_model
         self._model: str | None = None
         self._named_model: str | None = None
+        self._named_line = 0
+        self._first_line = 0
         self._readable = 0
         self._buckets = [array("q") for _ in range(_BUCKETS)]
         self._spilled = False
@@ -168,13 +175,14 @@ class _Survey:
         buckets = self._buckets
         for line in lines:
             self.total += 1
+            self._first_line = self._first_line or line.number
             if self.total % _TICK_EVERY == 0:
                 keep_going()
             if self._model is None:
-                self._look_for_model(line.text)
+                self._look_for_model(line)
             try:
                 digest = hash(_head.decode(line.text).custom_id)
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except UNREADABLE:
                 digest = None  # the consumer reports this line
             if digest is not None:
                 self._readable += 1
@@ -191,11 +199,10 @@ class _Survey:
             return self._model
         if self._named_model is not None:
             message = f"there is no model '{self._named_model}'; GET /v1/models lists those linked"
-            raise Rejected(
-                self.total, BatchProblem(ModelNotFound.code, message, "body.model", line=1)
-            )
+            problem = BatchProblem(ModelNotFound.code, message, "body.model", self._named_line)
+            raise Rejected(self.total, problem)
         message = "no line is a JSON object with custom_id, method, url and a body naming a model"
-        raise Rejected(self.total, BatchProblem(InvalidJson.code, message, line=1))
+        raise Rejected(self.total, BatchProblem(InvalidJson.code, message, line=self._first_line))
 
     def repeated_hashes(self) -> frozenset[int]:
         """The hashes that more than one custom_id has. Raises: Rejected if there are too many."""
@@ -207,13 +214,13 @@ class _Survey:
                 raise Rejected(self.total, BatchProblem(DuplicateCustomId.code, message))
         return frozenset(repeated)
 
-    def _look_for_model(self, text: bytes) -> None:
+    def _look_for_model(self, line: Line) -> None:
         try:
-            named = _model_head.decode(text).body.model
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            named = _model_head.decode(line.text).body.model
+        except UNREADABLE:
             return  # the consumer reports this line
         if self._named_model is None:
-            self._named_model = named
+            self._named_model, self._named_line = named, line.number
         if self._knows_model(named):
             self._model = named
 
@@ -258,7 +265,7 @@ def _duplicate_lines(
             keep_going()
         try:
             custom_id = _head.decode(line.text).custom_id
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNREADABLE:
             continue  # the consumer reports this line
         if hash(custom_id) not in suspects:
             continue

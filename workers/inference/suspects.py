@@ -1,42 +1,86 @@
 """Finding the item that kills engines, without blaming its neighbours.
 
 Items that were inside an engine when it died are suspects. They are run again as a group; if the
-engine dies again the group is halved, until a single item has killed it twice on its own. Only one
-consumer of a machine does this at a time, so that nobody else's poison is counted against them.
+engine dies again the group is halved, until a single item has killed it twice on its own. While
+one consumer of a machine does this no other has items in that model's engines, so that nobody
+else's poison is counted against them.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from shared.errors import EngineCrashed, VlmqError
+from shared.log import get_logger
 from shared.storage import storage_errors
 from workers.inference.engines.base import Answer, Completion, Prompt
 
+log = get_logger(__name__)
+
 CRASHES_TO_GIVE_UP = 2
 _POLL_S = 0.2
+_CHUNK_PATIENCE_S = 60.0
+"""How long the retrier waits for chunks that run; a paused or hanging one must not stop it."""
+_RETRY_PATIENCE_S = 600.0
+"""How long chunks wait for the retrier, whose engine may take a minute for each restart."""
+
+KeepGoing = Callable[[], None]
+Pause = Callable[[float], None]
 
 RunGroup = Callable[[Sequence[Prompt]], list[Answer]]
 """Runs prompts and returns an answer for each; EngineCrashed for those whose engine died."""
 
 
 @contextmanager
-def alone(
-    lock_path: Path, keep_going: Callable[[], None], pause: Callable[[float], None]
-) -> Iterator[None]:
-    """Wait until no other consumer of this machine retries suspects of the same model.
+def together(lock_path: Path, keep_going: KeepGoing, pause: Pause) -> Iterator[None]:
+    """Have items in the engines beside other consumers of this machine, but not beside a retrier.
 
-    ``keep_going`` is called while waiting and may raise to stop.
+    ``lock_path`` names the model; ``keep_going`` is called while waiting and may raise to stop.
     """
-    with storage_errors(lock_path):
-        lock_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(lock_path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    with ExitStack() as stack:
+        # Through the gate, so that a retrier who waits for the engines is not overtaken for ever.
+        with _lock(_gate(lock_path), fcntl.LOCK_SH, keep_going, pause, _RETRY_PATIENCE_S):
+            held = _lock(lock_path, fcntl.LOCK_SH, keep_going, pause, _RETRY_PATIENCE_S)
+            stack.enter_context(held)
+        yield
+
+
+@contextmanager
+def alone(lock_path: Path, keep_going: KeepGoing, pause: Pause) -> Iterator[None]:
+    """Wait until no other consumer of this machine has items in the engines, and keep them out.
+
+    ``lock_path`` and ``keep_going`` as in :func:`together`.
+    """
+    with (
+        _lock(_gate(lock_path), fcntl.LOCK_EX, keep_going, pause, _RETRY_PATIENCE_S),
+        _lock(lock_path, fcntl.LOCK_EX, keep_going, pause, _CHUNK_PATIENCE_S),
+    ):
+        yield
+
+
+def _gate(lock_path: Path) -> Path:
+    return lock_path.with_suffix(".gate")
+
+
+@contextmanager
+def _lock(
+    path: Path, kind: int, keep_going: KeepGoing, pause: Pause, patience_s: float
+) -> Iterator[None]:
+    """Hold a lock of a file, or go on without it when patience ends: it only prevents blame."""
+    with storage_errors(path):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
-        while not _locked(descriptor):
+        give_up_at = time.monotonic() + patience_s
+        while not _locked(descriptor, kind):
+            if time.monotonic() > give_up_at:
+                log.warning("suspects_lock_missed", path=str(path), waited_s=patience_s)
+                break
             keep_going()
             pause(_POLL_S)
         yield
@@ -44,9 +88,9 @@ def alone(
         os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
+def _locked(descriptor: int, kind: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -1,0 +1,32 @@
+"""How large a run is."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Scale(msgspec.Struct, frozen=True):
+    """Sizes of everything that is measured; the targets are meant for the defaults."""
+
+    items: int = 100_000
+    plain_items: int = 5_000
+    """Per round: Celery's rate does not depend on it, and it is slow."""
+    rounds: int = 3
+    memory_items: tuple[int, int] = (100_000, 1_000_000)
+    chat_samples: int = 300
+    load_batches: int = 30
+    """Batches of ``items`` that saturate the node while chats are measured."""
+    streams: int = 200
+    stream_rounds: int = 3
+
+
+QUICK = Scale(
+    items=20_000,
+    plain_items=1_000,
+    rounds=1,
+    memory_items=(10_000, 100_000),
+    chat_samples=50,
+    load_batches=40,
+    stream_rounds=1,
+)
+"""A smoke test of about a minute; its figures mean little."""
