@@ -29,6 +29,18 @@ _TOKEN_LEAP = 1 << 20
 _MAX_PROBLEMS = 100
 
 
+def missing_batches(client: Any, layout: Layout) -> int:
+    """How many batches are recorded on shared storage but not in Redis. Raises: QueueUnavailable.
+
+    Anything but 0 means that Redis was lost, or another one is configured.
+    """
+    ids = [folder.name for folder in _visible(layout.batches) if (folder / "batch.json").exists()]
+    pipeline = client.pipeline(transaction=False)
+    for batch_id in ids:
+        pipeline.exists(f"{PREFIX}batch:{batch_id}")
+    return len(ids) - sum(pipeline.execute())
+
+
 class RebuildReport(msgspec.Struct):
     """What was put back."""
 

@@ -5,13 +5,16 @@ Only what the settings say, only what has ended, and never a file that a live ba
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.clock import unix_now
 from shared.errors import NotFound
 from shared.jobs import Batch
 from shared.log import get_logger
+from shared.storage import TEMPORARY_SUFFIX, remove_tree, storage_errors
 
 if TYPE_CHECKING:
     from shared.stores import Stores
@@ -42,6 +45,39 @@ def sweep(stores: Stores) -> int:
     if count:
         log.info("swept", removed=count)
     return count
+
+
+def clear_leftovers(stores: Stores) -> int:
+    """Delete what killed programs left half-written more than a day ago; returns how many things.
+
+    An upload without ``file.json`` was never acknowledged, and a folder being deleted has a name
+    of its own. Raises: StorageFailed.
+    """
+    count = 0
+    for parent in (stores.layout.files, stores.layout.batches):
+        for folder in _folders(parent):
+            half_deleted = folder.name.endswith(TEMPORARY_SUFFIX)
+            half_made = parent == stores.layout.files and not (folder / "file.json").exists()
+            if (half_deleted or half_made) and _is_old(folder):
+                remove_tree(folder)
+                count += 1
+    if count:
+        log.info("leftovers_cleared", removed=count)
+    return count
+
+
+def _folders(parent: Path) -> list[Path]:
+    with storage_errors(parent):
+        return [Path(entry.path) for entry in os.scandir(parent) if entry.is_dir()]
+
+
+def _is_old(folder: Path) -> bool:
+    """Whether nothing in the folder was touched for a day. A folder that is gone is not."""
+    try:
+        newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except FileNotFoundError:
+        return False
+    return newest < unix_now() - _DAY_S
 
 
 def _remove_batch(stores: Stores, batch: Batch) -> None:

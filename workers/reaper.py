@@ -28,7 +28,8 @@ from shared.leases import CONTROL_LANE
 from shared.log import get_logger
 from shared.process import die_with_parent
 from shared.queue import CONTROL_QUEUE, batch_queue
-from shared.retention import sweep
+from shared.rebuild import missing_batches
+from shared.retention import clear_leftovers, sweep
 from shared.settings import Settings, load_settings
 from shared.stores import Stores
 from workers.app import start_ticks
@@ -38,6 +39,7 @@ log = get_logger(__name__)
 _LOCK = f"{PREFIX}reaper"
 _SERVER_RUN = f"{PREFIX}server_run"
 _SWEEP_EVERY_S = 60.0
+_CLEAR_EVERY_S = 3600.0
 
 
 class Reaper:
@@ -49,6 +51,7 @@ class Reaper:
         self._id = new_id("reaper_")
         self._patient_until = 0.0
         self._swept_at = 0.0
+        self._cleared_at = 0.0
 
     def run(self, stopping: threading.Event) -> None:
         """Turn until ``stopping`` is set; while Redis is away, wait for it."""
@@ -73,6 +76,9 @@ class Reaper:
         if time.monotonic() - self._swept_at > _SWEEP_EVERY_S:
             self._swept_at = time.monotonic()
             sweep(self._stores)
+        if time.monotonic() - self._cleared_at > _CLEAR_EVERY_S:
+            self._cleared_at = time.monotonic()
+            clear_leftovers(self._stores)
 
     def _bury_own_workers(self) -> None:
         """Take back at once what dead processes of this very run of this node held."""
@@ -105,6 +111,9 @@ class Reaper:
             self._patient_until = time.monotonic() + self._settings.queue.lease_ttl_s
             self._stores.redis.set(_SERVER_RUN, run)
             log.info("redis_is_new", patience_s=self._settings.queue.lease_ttl_s)
+            missing = missing_batches(self._stores.redis, self._stores.layout)
+            if missing:
+                log.error("redis_lacks_batches", missing=missing, advice="vlmq doctor --rebuild")
 
     def _expire_batches(self) -> None:
         for batch_id in self._stores.batches.overdue():

@@ -16,9 +16,11 @@ import msgspec
 from cli.commands.status import live_nodes
 from cli.options import json_option, local_options, read_settings
 from cli.output import note, print_json
+from shared.connection import connect
 from shared.errors import VlmqError
 from shared.keys import KeyStore
 from shared.models import ModelRecord, ModelRegistry
+from shared.rebuild import missing_batches
 from shared.settings import Settings
 from shared.storage import Layout, write_bytes
 
@@ -100,7 +102,12 @@ def _nodes(settings: Settings) -> Iterator[Finding]:
         advice = "start one with 'vlmq up', or set redis.url to the one that runs"
         yield Finding("redis", "problem", "Redis does not answer", advice)
         return
-    yield Finding("redis", "ok", "answers")
+    missing = _missing_batches(settings)
+    if missing:
+        message = f"answers, but {missing} batches on shared storage are not in it"
+        yield Finding("redis", "problem", message, "put them back: vlmq doctor --rebuild")
+    else:
+        yield Finding("redis", "ok", "answers")
     if not nodes:
         advice = "start one with 'vlmq up' or 'vlmq worker'"
         yield Finding("nodes", "warning", "no node is running", advice)
@@ -112,6 +119,14 @@ def _nodes(settings: Settings) -> Iterator[Finding]:
             yield Finding("nodes", "warning", f"{node.node}: {', '.join(broken)}", advice)
         else:
             yield Finding("nodes", "ok", f"{node.node}: everything is ready")
+
+
+def _missing_batches(settings: Settings) -> int:
+    client = connect(settings.redis_url)
+    try:
+        return missing_batches(client, Layout(settings.data_dir))
+    finally:
+        client.close()
 
 
 def _models(settings: Settings) -> Iterator[Finding]:

@@ -136,10 +136,16 @@ def test_commands_that_are_named_exist(document: Path) -> None:
 
 
 def _command_lines(text: str) -> list[str]:
-    """What follows ``vlmq`` in quoted code, up to what ends a command."""
-    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    for block in re.findall(r"```(?:sh|text)?\n(.*?)```", text, flags=re.DOTALL):
-        spans += block.splitlines()
+    """What follows ``vlmq`` in shell blocks and quoted words, up to what ends a command."""
+    spans: list[str] = []
+    language: str | None = None
+    for line in text.splitlines():
+        if line.startswith("```"):
+            language = line.removeprefix("```") if language is None else None
+        elif language is None:
+            spans += re.findall(r"`([^`]+)`", line)
+        elif language == "sh":
+            spans.append(line)
     found = (re.search(r"(?:^|[\s/])(vlmq [a-z][^#|;]*)", span) for span in spans)
     return [match[1].strip() for match in found if match]
 

@@ -1,0 +1,94 @@
+"""The registry of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shared.errors import InvalidValue, ModelNotFound, StorageFailed
+from shared.models import ModelDefaults, ModelRegistry
+from shared.storage import Layout
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    """Where records are."""
+    found = Layout(tmp_path / "data")
+    found.create()
+    return found
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A folder that could be a checkpoint."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_a_linked_model_is_known_to_all(layout: Layout, checkpoint: Path) -> None:
+    """On what terms, too."""
+    record = ModelRegistry(layout).link(
+        "m", checkpoint, trust_remote_code=True, defaults=ModelDefaults(max_tokens=7)
+    )
+    assert ModelRegistry(layout).get("m") == record
+    assert ModelRegistry(layout).list() == [record]
+    assert (record.path, record.trust_remote_code) == (str(checkpoint), True)
+    assert record.defaults.max_tokens == 7
+
+
+@pytest.mark.parametrize("name", ["a/b", "ft:base:suffix:id", "Org/Model-1.5_x@rev+q", "x" * 128])
+def test_names_may_look_like_paths(layout: Layout, name: str) -> None:
+    """Each has one file, directly in the folder."""
+    registry = ModelRegistry(layout)
+    registry.link(name, None)
+    assert [path.parent for path in layout.models.iterdir()] == [layout.models]
+    assert registry.get(name).name == name
+    registry.remove(name)
+    assert registry.list() == []
+
+
+@pytest.mark.parametrize("name", ["", "/a", "../a", "a/../b", "a b", "a|b", "-a", "ä", "a\n", "x" * 129])
+def test_other_names_are_refused(layout: Layout, name: str) -> None:
+    """They become names of files and queues."""
+    with pytest.raises(InvalidValue) as refused:
+        ModelRegistry(layout).link(name, None)
+    assert refused.value.param == "name"
+
+
+def test_a_name_is_linked_once(layout: Layout, checkpoint: Path) -> None:
+    """Unless it is replaced on purpose."""
+    registry = ModelRegistry(layout)
+    registry.link("m", None)
+    with pytest.raises(InvalidValue):
+        registry.link("m", checkpoint)
+    registry.link("m", checkpoint, replace=True)
+    assert registry.get("m").path == str(checkpoint)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(layout: Layout, tmp_path: Path) -> None:
+    """With what is missing."""
+    for folder, text in ((tmp_path / "none", "not a folder"), (tmp_path, "config.json")):
+        with pytest.raises(InvalidValue, match=text):
+            ModelRegistry(layout).link("m", folder)
+
+
+def test_a_removed_model_is_gone_and_its_folder_is_not(layout: Layout, checkpoint: Path) -> None:
+    """Removing twice is an error."""
+    registry = ModelRegistry(layout)
+    registry.link("m", checkpoint)
+    registry.get("m")
+    registry.remove("m")
+    for step in (registry.get, registry.remove):
+        with pytest.raises(ModelNotFound):
+            step("m")
+    assert (checkpoint / "config.json").exists()
+
+
+def test_a_damaged_record_is_said_to_be(layout: Layout) -> None:
+    """By its path."""
+    (layout.models / "m.json").write_text('{"name": 5}')
+    with pytest.raises(StorageFailed, match=r"m\.json"):
+        ModelRegistry(layout).list()
