@@ -16,6 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+WIDEST = 400
+"""Tables may be as wide as this; terminals wrap what does not fit."""
+
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -29,11 +32,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty:
     """Print rows under their columns, or the sentence ``empty``."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        # Ids and paths stay whole, to be copied, even if the terminal is narrower.
+        table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     if table.row_count:
-        out.print(table)
+        out.print(table, width=max(out.width, WIDEST), crop=False)
     else:
         note(empty)
 

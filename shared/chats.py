@@ -109,7 +109,9 @@ class ChatQueue:
         """
         if not self.presence.serving(model):
             raise ModelUnavailable(
-                f"no running worker serves the model '{model}' right now", param="model"
+                f"no running worker serves the model '{model}' right now; one that was linked "
+                "after the node started is served from the node's next start on",
+                param="model",
             )
         deadline = time.time() + timeout_s
         job = ChatJob(new_id("chatcmpl-"), owner, model, body, self._inbox, deadline)

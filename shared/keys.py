@@ -34,7 +34,6 @@ class KeyRecord(msgspec.Struct, frozen=True):
     name: str
     created_at: int
     digest: str
-    rights: list[str] = []
 
 
 class KeyStore:
@@ -45,7 +44,7 @@ class KeyStore:
         self._stamp: tuple[int, int, int] | None = None
         self._by_digest: dict[str, KeyRecord] = {}
 
-    def create(self, owner: str, *, name: str = "", admin: bool = False) -> tuple[KeyRecord, str]:
+    def create(self, owner: str, *, name: str = "") -> tuple[KeyRecord, str]:
         """Make a key; its secret is returned this once and kept nowhere. Raises: InvalidValue."""
         if not _OWNER.fullmatch(owner):
             raise InvalidValue(
@@ -58,7 +57,6 @@ class KeyStore:
             name=name,
             created_at=unix_now(),
             digest=_digest(secret),
-            rights=["admin"] if admin else [],
         )
         with self._locked():
             write_json(self._path, [*self.list(), record])

@@ -38,7 +38,7 @@ def missing_batches(client: Any, layout: Layout) -> int:
     pipeline = client.pipeline(transaction=False)
     for batch_id in ids:
         pipeline.exists(f"{PREFIX}batch:{batch_id}")
-    return len(ids) - sum(pipeline.execute())
+    return sum(not exists for exists in pipeline.execute())
 
 
 class RebuildReport(msgspec.Struct):

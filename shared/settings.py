@@ -13,7 +13,7 @@ import os
 import socket
 import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from shared.errors import ConfigurationError
 
 MIB = 1024 * 1024
+_ENV_PREFIX = "VLMQ_"
+_SECTIONS = frozenset({"storage", "redis", "api", "queue", "images", "node"})
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -135,7 +137,7 @@ class NodeSettings(_Section):
         "reaper",
     )
     serve: tuple[ServeSettings, ...] = ()
-    """Without any, ``vlmq up`` serves every linked model with the transformers engine."""
+    """Without any, a node serves every linked model, each with the engine it was linked with."""
     batch_processes: Count = 2
     chat_threads: Count = 256
     """Each chat in progress holds one thread."""
@@ -150,7 +152,7 @@ class Settings(BaseSettings):
     """The whole tree."""
 
     model_config = SettingsConfigDict(
-        env_prefix="VLMQ_", env_nested_delimiter="__", frozen=True, extra="forbid"
+        env_prefix=_ENV_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid"
     )
 
     storage: StorageSettings = StorageSettings()
@@ -216,6 +218,8 @@ def load_settings(config: Path | None = None, **overrides: Any) -> Settings:
 
     Raises: ConfigurationError naming the file and each bad key.
     """
+    if config is None or config.suffix != ".json":
+        _require_known_sections(os.environ)
     if config is None:
         return _build(Settings, _merged({}, overrides), "the environment")
     if config.suffix == ".json":
@@ -258,6 +262,17 @@ def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
         for section, fields in overrides.items()
     }
     return {**values, **sections}
+
+
+def _require_known_sections(names: Iterable[str]) -> None:
+    """Name a misspelt section of the environment, which would otherwise change nothing."""
+    for name in names:
+        section, separator, _ = name.removeprefix(_ENV_PREFIX).partition("__")
+        if name.startswith(_ENV_PREFIX) and separator and section.lower() not in _SECTIONS:
+            raise ConfigurationError(
+                f"the environment sets {name}, but there is no section '{section.lower()}'; "
+                f"the sections are {', '.join(sorted(_SECTIONS))}"
+            )
 
 
 def _build(kind: type[Settings], values: dict[str, Any], where: str) -> Settings:

@@ -19,6 +19,7 @@ from pathlib import Path
 from workers.bound import bound
 from workers.logfiles import open_log, rotate, tail
 
+LONGEST_READY_BACKOFF_S = 2.0
 LONGEST_BACKOFF_S = 30.0
 STEADY_S = 60.0
 """A program that ran this long starts again with the shortest back-off."""
@@ -191,7 +192,11 @@ class Child:
     def _back_off(self, now: float, status: int) -> None:
         if now - self.started_at >= STEADY_S:
             self._crashes_in_a_row = 0
-        delay_s = min(LONGEST_BACKOFF_S, self.program.restart_s * 2**self._crashes_in_a_row)
+        # One that had been ready is not broken: somebody killed it, perhaps its work, and the
+        # search for the item that did needs it back soon.
+        was_ready = self.ready_after_s is not None
+        longest_s = LONGEST_READY_BACKOFF_S if was_ready else LONGEST_BACKOFF_S
+        delay_s = min(longest_s, self.program.restart_s * 2**self._crashes_in_a_row)
         self._crashes_in_a_row += 1
         self.detail = f"{describe_exit(status)}; starting again in {delay_s:g} s"
         self.next_start_at = now + delay_s

@@ -133,7 +133,7 @@ def cancel(batch_id: str, *, as_json: bool, url: str, api_key: str | None) -> No
     if as_json:
         print_json(stopped)
     else:
-        note(f"batch {batch_id} is {stopped['status']}; {counts(stopped)} were answered")
+        note(f"batch {batch_id} is {stopped['status']}; {counts(stopped)} done so far")
 
 
 def counts(found: Json) -> str:
@@ -280,7 +280,10 @@ def _finish(found: Json, *, as_json: bool) -> None:
         print_json(found)
     _explain_problems(found)
     if found["status"] != "completed":
-        raise click.ClickException(f"the batch {found['status']}: {counts(found)} were answered")
+        raise click.ClickException(
+            f"the batch is {found['status']}; answered: {counts(found)}. What there is: "
+            f"vlmq batch results {found['id']} -o answers.jsonl --errors errors.jsonl"
+        )
     note(f"done: {counts(found)}. Read it: vlmq batch results {found['id']} -o answers.jsonl")
 
 

@@ -20,7 +20,6 @@ from shared.connection import connect
 from shared.errors import VlmqError
 from shared.keys import KeyStore
 from shared.models import ModelRecord, ModelRegistry
-from shared.rebuild import missing_batches
 from shared.settings import Settings
 from shared.storage import Layout, write_bytes
 
@@ -122,6 +121,9 @@ def _nodes(settings: Settings) -> Iterator[Finding]:
 
 
 def _missing_batches(settings: Settings) -> int:
+    # Only this needs the batches' store, and with it Celery.
+    from shared.rebuild import missing_batches
+
     client = connect(settings.redis_url)
     try:
         return missing_batches(client, Layout(settings.data_dir))

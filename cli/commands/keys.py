@@ -21,14 +21,12 @@ def keys() -> None:
 @keys.command()
 @click.argument("owner")
 @click.option("--name", default="", help="What the key is for.")
-@click.option("--admin", is_flag=True, help="May see nodes and everybody's models.")
 @json_option
 @local_options
 def create(
     owner: str,
     name: str,
     *,
-    admin: bool,
     as_json: bool,
     config: Path | None,
     data_dir: Path | None,
@@ -36,7 +34,7 @@ def create(
     """Make a key for OWNER; the secret is shown this once."""
     store = _store(config, data_dir)
     first = not store.required()
-    record, secret = store.create(owner, name=name, admin=admin)
+    record, secret = store.create(owner, name=name)
     if as_json:
         print_json({**_public(record), "key": secret})
     else:
@@ -44,6 +42,9 @@ def create(
         note(f"key {record.id} for {owner}; it is not shown again")
     if first:
         note("from now on every request needs a key")
+        note(
+            "files and batches made without one belong to 'local': vlmq keys create local sees them"
+        )
 
 
 @keys.command("list")
@@ -55,8 +56,8 @@ def list_keys(*, as_json: bool, config: Path | None, data_dir: Path | None) -> N
     if as_json:
         print_json([_public(record) for record in records])
         return
-    rows = [(r.id, r.owner, r.name, ",".join(r.rights), when(r.created_at)) for r in records]
-    print_table(("ID", "OWNER", "NAME", "RIGHTS", "CREATED"), rows, "there are no keys")
+    rows = [(r.id, r.owner, r.name, when(r.created_at)) for r in records]
+    print_table(("ID", "OWNER", "NAME", "CREATED"), rows, "there are no keys")
 
 
 @keys.command()

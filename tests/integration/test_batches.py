@@ -68,9 +68,10 @@ def test_a_batch_goes_from_its_record_to_its_result(stores: Stores) -> None:
     assert times == sorted(time for time in times if time is not None)
     assert (ended.prompt_tokens, ended.completion_tokens) == (4, 2)
     assert not (stores.batches.folder(batch.id) / "shards").exists()
-    events = [json.loads(event)["to"] for event in stores.redis.lrange(
-        f"vlmq:batch:{batch.id}:events", 0, -1
-    )]
+    events = [
+        json.loads(event)["to"]
+        for event in stores.redis.lrange(f"vlmq:batch:{batch.id}:events", 0, -1)
+    ]
     assert events == ["in_progress", "finalizing", "completed"]
 
 
@@ -289,7 +290,9 @@ def test_another_owners_batch_is_not_there(stores: Stores) -> None:
         stores.batches.list("bob", after=batch.id)
 
 
-@pytest.mark.parametrize("batch_id", ["", "batch_", "batch_../x", "file-1", "batch_\x00", "x" * 999])
+@pytest.mark.parametrize(
+    "batch_id", ["", "batch_", "batch_../x", "file-1", "batch_\x00", "x" * 999]
+)
 def test_odd_ids_are_not_found(stores: Stores, batch_id: str) -> None:
     """Nothing of an id reaches a path unchecked."""
     with pytest.raises(NotFound):
@@ -351,7 +354,9 @@ def test_windows_are_minutes_hours_or_days(text: str, seconds: int) -> None:
     assert window_s(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "h", "0h", "-1h", "1.5h", "24", "24s", "²h", "9999999d", "1 h"])
+@pytest.mark.parametrize(
+    "text", ["", "h", "0h", "-1h", "1.5h", "24", "24s", "²h", "9999999d", "1 h"]
+)
 def test_other_windows_are_refused(text: str) -> None:
     """By name."""
     with pytest.raises(InvalidValue) as refused:

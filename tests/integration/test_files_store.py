@@ -90,7 +90,9 @@ def test_another_owners_file_is_not_there(own_stores: Stores) -> None:
     assert own_stores.files.get("ann", file.id) == file
 
 
-@pytest.mark.parametrize("file_id", ["", "file-", "file-../../keys", "batch_1", "file-a/b", "file-%2e"])
+@pytest.mark.parametrize(
+    "file_id", ["", "file-", "file-../../keys", "batch_1", "file-a/b", "file-%2e"]
+)
 def test_odd_ids_are_not_found(own_stores: Stores, file_id: str) -> None:
     """Nothing of an id reaches a path unchecked."""
     with pytest.raises(NotFound):

@@ -388,9 +388,7 @@ class LeaseMachine(RuleBasedStateMachine):
         """A worker dies with all it holds."""
         taken = set(self.stores.leases.reap([worker]))
         lost = [
-            lease
-            for lease in self.held
-            if self.worker_of[lease.batch_id, lease.token] == worker
+            lease for lease in self.held if self.worker_of[lease.batch_id, lease.token] == worker
         ]
         assert taken == {f"{lease.batch_id}|{lease.unit}" for lease in lost}
         self.held = [lease for lease in self.held if lease not in lost]

@@ -48,7 +48,11 @@ def test_what_is_supported_is_read(fields: dict[str, Any]) -> None:
         ({"model": None}, "invalid_value", "model"),
         ({"messages": []}, "invalid_value", "messages"),
         ({"messages": "hi"}, "invalid_value", "messages"),
-        ({"messages": [USER, {"role": "tool", "content": "x"}]}, "invalid_value", "messages[1].role"),
+        (
+            {"messages": [USER, {"role": "tool", "content": "x"}]},
+            "invalid_value",
+            "messages[1].role",
+        ),
         ({"messages": [{"role": "user"}]}, "invalid_value", "messages[0].content"),
         ({"messages": [{"role": "user", "content": []}]}, "invalid_value", "messages[0].content"),
         (

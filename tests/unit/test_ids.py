@@ -31,13 +31,25 @@ def test_a_derived_id_follows_from_its_parts() -> None:
     """The same ones give the same id, and where parts begin matters."""
     assert derived_id("file-", "a", "b") == derived_id("file-", "a", "b")
     assert is_id(derived_id("file-", "a", "b"), "file-")
-    others = {derived_id("file-", *parts) for parts in (("a", "b"), ("ab",), ("a", "b", ""), ("b", "a"))}
+    others = {
+        derived_id("file-", *parts) for parts in (("a", "b"), ("ab",), ("a", "b", ""), ("b", "a"))
+    }
     assert len(others) == 4
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "file-", "file-a/b", "file-..", "file-a.b", "file-a\n", "file-ä", "file-" + "a" * 65, "xfile-a"],
+    [
+        "",
+        "file-",
+        "file-a/b",
+        "file-..",
+        "file-a.b",
+        "file-a\n",
+        "file-ä",
+        "file-" + "a" * 65,
+        "xfile-a",
+    ],
 )
 def test_what_could_leave_its_folder_is_no_id(text: str) -> None:
     """Ids become names of folders."""

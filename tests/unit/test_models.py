@@ -50,7 +50,9 @@ def test_names_may_look_like_paths(layout: Layout, name: str) -> None:
     assert registry.list() == []
 
 
-@pytest.mark.parametrize("name", ["", "/a", "../a", "a/../b", "a b", "a|b", "-a", "ä", "a\n", "x" * 129])
+@pytest.mark.parametrize(
+    "name", ["", "/a", "../a", "a/../b", "a b", "a|b", "-a", "ä", "a\n", "x" * 129]
+)
 def test_other_names_are_refused(layout: Layout, name: str) -> None:
     """They become names of files and queues."""
     with pytest.raises(InvalidValue) as refused:

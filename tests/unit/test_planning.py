@@ -214,7 +214,9 @@ def test_memory_does_not_grow_with_the_file(plan: Planner, monkeypatch: pytest.M
     items=st.integers(1, 5),
     size=st.integers(1, 200),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_whatever_the_file_each_line_is_in_one_chunk(
     tmp_path_factory: pytest.TempPathFactory,
     pieces: list[bytes],
@@ -272,9 +274,7 @@ def test_without_repetition_the_file_is_read_once(plan: Planner) -> None:
     assert plan.duplicates() == []
 
 
-def test_too_many_duplicates_fail_the_batch(
-    plan: Planner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_duplicates_fail_the_batch(plan: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is bounded for them, too."""
     monkeypatch.setattr(planning, "_MAX_REPEATED_IDS", 3)
     ids = [str(number) for number in range(5)] * 2

@@ -84,7 +84,10 @@ def test_when_half_of_a_group_was_answered_only_the_rest_is_suspect() -> None:
     def run(group: Sequence[Prompt]) -> list[Answer]:
         asked.append([prompt.id for prompt in group])
         return [
-            (p.id, EngineCrashed() if p.id >= 3 and len(asked) == 1 else Completion("", "stop", 1, 1))
+            (
+                p.id,
+                EngineCrashed() if p.id >= 3 and len(asked) == 1 else Completion("", "stop", 1, 1),
+            )
             for p in group
         ]
 

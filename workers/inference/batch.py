@@ -230,8 +230,8 @@ class ChunkRun:
             self._require_progress()
 
     def _require_progress(self) -> None:
-        """Give up what hangs in the engines: not one answer came for a request's whole time."""
-        if time.monotonic() - self._answered_at < self._settings.api.request_timeout_s:
+        """Give up what hangs in the engines."""
+        if not self._hangs():
             return
         self._flight.abort()
         for number in list(self._asked):
@@ -262,15 +262,24 @@ class ChunkRun:
     def _run_group(self, prompts: Sequence[Prompt]) -> list[Answer]:
         waiting = {prompt.id for prompt in prompts}
         answers: list[Answer] = []
+        self._answered_at = time.monotonic()
         self._flight.submit(prompts)
         while waiting:
             for prompt_id, answer in self._flight.results(_POLL_S):
                 waiting.discard(prompt_id)
                 answers.append((prompt_id, answer))
-                self._heard_at = time.monotonic()
+                self._heard_at = self._answered_at = time.monotonic()
             self._keep_going()
             self._require_engine()
+            if self._hangs():
+                self._flight.abort()
+                answers += [(prompt_id, RequestTimedOut()) for prompt_id in waiting]
+                waiting.clear()
         return answers
+
+    def _hangs(self) -> bool:
+        """Whether not one answer came for a request's whole time."""
+        return time.monotonic() - self._answered_at > self._settings.api.request_timeout_s
 
     def _record(self, number: int, answer: Completion | VlmqError) -> None:
         item = self._items[number]

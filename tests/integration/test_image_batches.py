@@ -1,0 +1,105 @@
+"""Real image files in batches: prepared in the consumers, counted by the engine."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+
+from tests.faults.batches import line, results, submit, wait_until_ended
+from tests.running_node import RunningNode
+
+IMAGE_TOKENS = 256
+"""What the echo engine counts for an image."""
+
+
+def jpeg(number: int, size: tuple[int, int] = (160, 120)) -> bytes:
+    """A picture of its own colour."""
+    stream = io.BytesIO()
+    Image.new("RGB", size, (number % 256, number * 7 % 256, 90)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def shown(custom_id: str, *urls: str) -> str:
+    """A line that shows images and asks about them."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": f"say {custom_id}"}]
+    content += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return line(custom_id, content)  # type: ignore[arg-type]
+
+
+def data_url(data: bytes) -> str:
+    """The bytes as a URL."""
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+@pytest.fixture(scope="module")
+def sdk(node: RunningNode) -> openai.OpenAI:
+    """The SDK, pointed at the node."""
+    return node.sdk(max_retries=0)
+
+
+def test_each_line_is_answered_with_its_images(sdk: openai.OpenAI) -> None:
+    """300 files in two chunks: uploads and data URLs, one to three per line."""
+    uploaded = [
+        sdk.files.create(file=(f"{number}.jpg", jpeg(number)), purpose="vision").id
+        for number in range(5)
+    ]
+    urls = {
+        f"item-{number}": [
+            uploaded[number % 5] if (number + place) % 2 else data_url(jpeg(number))
+            for place in range(1 + number % 3)
+        ]
+        for number in range(300)
+    }
+    batch = submit(sdk, [shown(custom_id, *found) for custom_id, found in urls.items()])
+    ended = wait_until_ended(sdk, batch.id)
+    assert ended.error_file_id is None
+    rows = results(sdk, ended.output_file_id)
+    assert [row["custom_id"] for row in rows] == list(urls)
+    for row in rows:
+        body = row["response"]["body"]
+        assert body["choices"][0]["message"]["content"] == f"say {row['custom_id']}"
+        images = len(urls[row["custom_id"]])
+        assert body["usage"]["prompt_tokens"] == images * IMAGE_TOKENS + 2
+    assert ended.usage is not None
+    assert ended.usage.input_tokens == sum(len(u) * IMAGE_TOKENS + 2 for u in urls.values())
+
+
+def test_a_request_with_too_many_images_is_refused(sdk: openai.OpenAI, node: RunningNode) -> None:
+    """Alone; the one with exactly the limit is answered."""
+    limit = node.settings.images.max_per_request
+    url = data_url(jpeg(1, (8, 8)))
+    batch = submit(sdk, [shown("most", *[url] * limit), shown("more", *[url] * (limit + 1))])
+    ended = wait_until_ended(sdk, batch.id)
+    assert [row["custom_id"] for row in results(sdk, ended.output_file_id)] == ["most"]
+    [row] = results(sdk, ended.error_file_id)
+    assert row["response"]["body"]["error"]["param"] == "messages"
+
+
+def test_photographs_go_through(sdk: openai.OpenAI) -> None:
+    """Twelve megapixels each, more bytes than one group of prompts holds."""
+    stream = io.BytesIO()
+    Image.effect_noise((4000, 3000), 60).convert("RGB").save(stream, "JPEG", quality=60)
+    file = sdk.files.create(file=("photo.jpg", stream.getvalue()), purpose="vision")
+    batch = submit(sdk, [shown(f"item-{number}", file.id) for number in range(6)])
+    ended = wait_until_ended(sdk, batch.id)
+    assert ended.request_counts is not None
+    assert (ended.request_counts.completed, ended.request_counts.failed) == (6, 0)
+
+
+def test_an_uploaded_image_that_is_deleted_fails_its_lines_only(sdk: openai.OpenAI) -> None:
+    """What is not there any more is said to be missing."""
+    gone = sdk.files.create(file=("x.jpg", jpeg(1)), purpose="vision")
+    sdk.files.delete(gone.id)
+    batch = submit(sdk, [shown("gone", gone.id), shown("kept", data_url(jpeg(2)))])
+    ended = wait_until_ended(sdk, batch.id)
+    assert [row["custom_id"] for row in results(sdk, ended.output_file_id)] == ["kept"]
+    [row] = results(sdk, ended.error_file_id)
+    assert row["response"]["body"]["error"]["code"] == "image_not_found"
+    assert ended.completed_at is not None
+    assert ended.completed_at <= time.time()
