@@ -54,11 +54,13 @@ def measure(scale: Scale) -> list[Figure]:
         _sample(node, _WARM_UP)
         figures = _figures("idle", *_sample(node, scale.chat_samples), _IDLE)
         batches = _saturate(client, Path(name), scale)
-        before, start = _completed(client, batches), time.monotonic()
+        before, start, ticks = _completed(client, batches), time.monotonic(), _ticks()
         figures += _figures("saturated", *_sample(node, scale.chat_samples), _SATURATED)
+        idle, all_ticks = (after - then for after, then in zip(_ticks(), ticks, strict=True))
         rate = (_completed(client, batches) - before) / (time.monotonic() - start)
         _require_unfinished(client, batches)
     figures.append(Figure("chat", "saturated: the batches meanwhile", rate, "items/s"))
+    figures.append(Figure("chat", "saturated: processors idle", 100 * idle / all_ticks, "%"))
     return figures
 
 
@@ -66,14 +68,26 @@ def measure(scale: Scale) -> list[Figure]:
 
 
 def _saturate(client: BatchClient, folder: Path, scale: Scale) -> list[str]:
+    """Start many batches and wait until all of them have been planned and run by turns."""
     source = folder / "load.jsonl"
     write_input(source, scale.items)
     file_id = client.upload(source)
     batches = [client.submit(file_id) for _ in range(scale.load_batches)]
-    # They take turns, so once the last has begun all go on until near the end.
-    last = batches[-1]
-    wait_for(lambda: client.batch(last)["request_counts"]["completed"] > 0, "the load", _TIMEOUT_S)
+    waiting = list(batches)
+
+    def all_run() -> bool:
+        while waiting and client.batch(waiting[-1])["request_counts"]["completed"] > 0:
+            waiting.pop()
+        return not waiting
+
+    wait_for(all_run, "the load", _TIMEOUT_S)
     return batches
+
+
+def _ticks() -> tuple[int, int]:
+    """What all processors of this machine have been so far: idle, and anything at all."""
+    times = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return times[3], sum(times)
 
 
 def _completed(client: BatchClient, batches: Sequence[str]) -> int:

@@ -34,6 +34,7 @@ _PREFETCH = 64
 _BULK = 1000
 _POLL_S = 0.02
 _START_LIMIT_S = 60.0
+_RUN_LIMIT_S = 600.0
 
 
 def make_app(socket: str) -> celery.Celery:
@@ -103,11 +104,16 @@ class PlainCelery:
         self._redis: Any = redis.Redis(unix_socket_path=socket)
 
     def run(self, source: Path, output: Path) -> float:
-        """Answer every line of ``source`` into ``output``, in order, fsynced; returns seconds."""
+        """Answer every line of ``source`` into ``output``, in order, fsynced; returns seconds.
+
+        Raises: TimeoutError if the worker does not get through.
+        """
         self._redis.delete(_ANSWERS)
         start = time.perf_counter()
         items = self._publish(source)
         while self._redis.hlen(_ANSWERS) < items:
+            if time.perf_counter() - start > _RUN_LIMIT_S:
+                raise TimeoutError("the plain Celery worker is stuck; it answered too few items")
             time.sleep(_POLL_S)
         self._collect(output, items)
         return time.perf_counter() - start

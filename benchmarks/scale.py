@@ -14,7 +14,7 @@ class Scale(msgspec.Struct, frozen=True):
     rounds: int = 3
     memory_items: tuple[int, int] = (100_000, 1_000_000)
     chat_samples: int = 300
-    load_batches: int = 30
+    load_batches: int = 20
     """Batches of ``items`` that saturate the node while chats are measured."""
     streams: int = 200
     stream_rounds: int = 3
@@ -26,7 +26,6 @@ QUICK = Scale(
     rounds=1,
     memory_items=(10_000, 100_000),
     chat_samples=50,
-    load_batches=40,
     stream_rounds=1,
 )
 """A smoke test of about a minute; its figures mean little."""

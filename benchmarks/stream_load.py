@@ -1,12 +1,18 @@
 """The load of ``streams``: opens many streams at once and writes what became of them as JSON.
 
-python -m benchmarks.stream_load BASE_URL STREAMS ROUNDS WORDS
+    python -m benchmarks.stream_load BASE_URL STREAMS ROUNDS WORDS
+
+Each stream is a client with a connection of its own, as if from as many users. One client with a
+pool of hundreds of connections looks through all of them for every request, which took longer than
+the answers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import ssl
 import sys
 import time
 
@@ -27,17 +33,16 @@ class Outcome(msgspec.Struct):
 
 
 class _Load:
-    def __init__(self, client: httpx.AsyncClient, words: int) -> None:
-        self._client = client
+    def __init__(self, words: int) -> None:
         self._words = words
         self._open = 0
         self.outcome = Outcome()
 
-    async def run(self, number: int) -> None:
+    async def run(self, client: httpx.AsyncClient, number: int) -> None:
         """One stream, from request to ``[DONE]``."""
         text = " ".join(f"word{number}-{index}" for index in range(self._words))
         try:
-            first_s, answer = await self._read(text)
+            first_s, answer = await self._read(client, text)
         except (httpx.HTTPError, ValueError, LookupError) as error:
             self.outcome.failures.append(f"{type(error).__name__}: {error}")
             return
@@ -46,14 +51,14 @@ class _Load:
         else:
             self.outcome.failures.append("the answer is not whole")
 
-    async def _read(self, text: str) -> tuple[float, str]:
+    async def _read(self, client: httpx.AsyncClient, text: str) -> tuple[float, str]:
         """Seconds to the first delta, and the whole text. Raises: ValueError, httpx.HTTPError."""
         body = {"model": MODEL, "stream": True, "messages": [{"role": "user", "content": text}]}
         pieces: list[str] = []
         first_s, opened, done = 0.0, False, False
         start = time.perf_counter()
         try:
-            async with self._client.stream("POST", "chat/completions", json=body) as response:
+            async with client.stream("POST", "chat/completions", json=body) as response:
                 response.raise_for_status()
                 async for line in response.aiter_lines():
                     data = line.removeprefix("data: ")
@@ -81,11 +86,17 @@ def _content(data: str) -> str:
 
 
 async def _main(base_url: str, streams: int, rounds: int, words: int) -> Outcome:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_S, limits=limits) as client:
-        load = _Load(client, words)
-        for _ in range(rounds):
-            await asyncio.gather(*(load.run(number) for number in range(streams)))
+    load = _Load(words)
+    tls = ssl.create_default_context()  # never used, but slow to make for each client
+    for _ in range(rounds):
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(
+                    httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_S, verify=tls)
+                )
+                for _ in range(streams)
+            ]
+            await asyncio.gather(*(load.run(client, n) for n, client in enumerate(clients)))
     return load.outcome
 
 

@@ -103,27 +103,29 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises: InvalidValue with the field's name.
         """
         for index, message in enumerate(self.messages):
-            _check_message(message, f"messages[{index}]")
-        if len(self.stop_strings) > MAX_STOP_STRINGS or not all(self.stop_strings):
-            raise InvalidValue(
-                f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty", param="stop"
-            )
+            if not isinstance(message.content, str):
+                _check_parts(message.role, message.content, f"messages[{index}].content")
+        if self.stop is not None:
+            stops = self.stop_strings
+            if len(stops) > MAX_STOP_STRINGS or not all(stops):
+                raise InvalidValue(
+                    f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty",
+                    param="stop",
+                )
         if self.stream_options is not None and not self.stream:
             raise InvalidValue("stream_options needs stream: true", param="stream_options")
 
 
-def _check_message(message: Message, where: str) -> None:
-    if isinstance(message.content, str):
+def _check_parts(role: str, parts: list[TextPart | ImagePart], where: str) -> None:
+    if not parts:
+        raise InvalidValue("a message needs at least one part", param=where)
+    if role == "user":
         return
-    if not message.content:
-        raise InvalidValue("a message needs at least one part", param=f"{where}.content")
-    if message.role == "user":
-        return
-    for index, part in enumerate(message.content):
+    for index, part in enumerate(parts):
         if isinstance(part, ImagePart):
             raise InvalidValue(
-                f"only user messages may hold images, this one is from '{message.role}'",
-                param=f"{where}.content[{index}]",
+                f"only user messages may hold images, this one is from '{role}'",
+                param=f"{where}[{index}]",
             )
 
 

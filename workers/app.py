@@ -6,6 +6,7 @@ thread. Both acknowledge early; what must not be lost is guarded by leases, not 
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import struct
@@ -66,6 +67,9 @@ def run_batch_consumer(settings: Settings) -> None:
 
     def after_fork(**_: Any) -> None:
         die_with_parent()
+        # What was imported is never garbage, and chunks make millions of short-lived objects.
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
         worker[:] = [
             BatchWorker(
                 settings,

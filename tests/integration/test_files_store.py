@@ -44,12 +44,14 @@ def test_a_write_that_is_not_committed_leaves_nothing(own_stores: Stores) -> Non
     """Whether it was given up or failed."""
     with own_stores.files.begin(owner="ann", filename="a", purpose="batch") as writer:
         writer.write(b"half")
-    with (
-        pytest.raises(RuntimeError),
-        own_stores.files.begin(owner="ann", filename="a", purpose="batch") as writer,
-    ):
-        writer.write(b"half")
-        raise RuntimeError
+
+    def fail() -> None:
+        with own_stores.files.begin(owner="ann", filename="a", purpose="batch") as writer:
+            writer.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert folders(own_stores) == []
     assert own_stores.files.list("ann").items == []
 

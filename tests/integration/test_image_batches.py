@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import http.server
 import io
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -12,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.faults.batches import line, results, submit, wait_until_ended
-from tests.running_node import RunningNode
+from tests.running_node import RunningNode, running_node
 
 IMAGE_TOKENS = 256
 """What the echo engine counts for an image."""
@@ -103,3 +106,63 @@ def test_an_uploaded_image_that_is_deleted_fails_its_lines_only(sdk: openai.Open
     assert row["response"]["body"]["error"]["code"] == "image_not_found"
     assert ended.completed_at is not None
     assert ended.completed_at <= time.time()
+
+
+# --- when time runs out -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slow_port() -> Iterator[int]:
+    """A server that takes a twentieth of a second for each picture."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(0.05)
+            body = jpeg(3, (8, 8))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1]
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def hasty_sdk() -> Iterator[openai.OpenAI]:
+    """The SDK, pointed at a node that gives a request two seconds in an engine."""
+    with running_node(
+        api={"request_timeout_s": 2},
+        images={"allow_private_hosts": ["localhost"]},
+        node={"engine_restart_s": 0.05},
+    ) as node:
+        yield node.sdk(max_retries=0)
+
+
+def test_slow_images_are_no_hanging_engine(hasty_sdk: openai.OpenAI, slow_port: int) -> None:
+    """The time of an engine counts from when it was asked."""
+    url = f"http://localhost:{slow_port}/x.jpg"
+    batch = submit(hasty_sdk, [shown(f"item-{number}", url) for number in range(70)])
+    ended = wait_until_ended(hasty_sdk, batch.id)
+    assert ended.request_counts is not None
+    assert (ended.request_counts.completed, ended.request_counts.failed) == (70, 0)
+
+
+@pytest.mark.parametrize("neighbour", ["say b", "[[echo:kill]]"])
+def test_what_hangs_in_the_engine_times_out(hasty_sdk: openai.OpenAI, neighbour: str) -> None:
+    """Alone, and also while the engine's killer is looked for among its neighbours."""
+    lines = [line("a", "[[echo:hang]]"), line("b", neighbour), line("c", "say c")]
+    ended = wait_until_ended(hasty_sdk, submit(hasty_sdk, lines).id)
+    failed = {
+        row["custom_id"]: row["response"]["body"]["error"]["code"]
+        for row in results(hasty_sdk, ended.error_file_id)
+    }
+    is_killer = "kill" in neighbour
+    assert failed == {"a": "timeout"} | ({"b": "engine_crashed"} if is_killer else {})
+    answered = [row["custom_id"] for row in results(hasty_sdk, ended.output_file_id)]
+    assert answered == (["c"] if is_killer else ["b", "c"])

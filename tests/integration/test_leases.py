@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_owners_take_turns_however_many_batches_one_has(stores: Stores) -> None:
     run_control(stores, times=101)
     owners = [claim(stores).spec.owner for _ in range(40)]
     assert owners.count("one") == 20
-    assert all(pair[0] != pair[1] for pair in zip(owners, owners[1:], strict=False))
+    assert all(pair[0] != pair[1] for pair in itertools.pairwise(owners))
 
 
 def test_an_owners_batches_take_turns(stores: Stores) -> None:

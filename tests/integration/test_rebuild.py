@@ -11,6 +11,7 @@ import pytest
 from shared.errors import FileInUse, LeaseLost
 from shared.jobs import Batch, BatchProblem, BatchState
 from shared.leases import CONTROL_LANE
+from shared.rebuild import missing_batches
 from shared.stores import Stores
 from tests.conftest import connected, store_settings
 from tests.faults.batches import numbered
@@ -259,3 +260,16 @@ def test_a_live_batchs_input_is_protected_before_it_is_listed(stores: Stores) ->
     stores.files.index = watched  # type: ignore[method-assign]
     stores.rebuild()
     assert seen == [1]
+
+
+def test_a_redis_that_lost_its_batches_is_noticed(stores: Stores) -> None:
+    """By counting what is on shared storage and not in it."""
+    link_model(stores)
+    batches = [record(stores, jsonl(numbered(1))) for _ in range(3)]
+    assert missing_batches(stores.redis, stores.layout) == 0
+    stores.redis.delete(f"vlmq:batch:{batches[1].id}")
+    assert missing_batches(stores.redis, stores.layout) == 1
+    lose_redis(stores)
+    assert missing_batches(stores.redis, stores.layout) == 3
+    stores.rebuild()
+    assert missing_batches(stores.redis, stores.layout) == 0

@@ -11,7 +11,7 @@ import pytest
 from shared.clock import unix_now
 from shared.errors import NotFound
 from shared.jobs import BatchState
-from shared.retention import sweep
+from shared.retention import clear_leftovers, sweep
 from shared.stores import Stores
 from tests.conftest import connected, store_settings
 from tests.stored_batches import claim, commit, now, planned, run_control, upload
@@ -126,4 +126,24 @@ def test_without_settings_everything_is_kept(redis_url: str, tmp_path: Path) -> 
         age(stores, "uploads", file.id, 9999)
         assert sweep(stores) == 0
         assert stores.files.get("ann", file.id) == file
-        assert os.listdir(stores.layout.files) == [file.id]
+        assert [path.name for path in stores.layout.files.iterdir()] == [file.id]
+
+
+def test_what_killed_programs_left_is_cleared_after_a_day(stores: Stores) -> None:
+    """Half an upload and a half-deleted folder; never a whole file, a batch, or what is young."""
+    whole, batch = upload(stores, b"x"), planned(stores, 1)
+    files = stores.layout.files
+    names = ("file-half", ".file-gone.12ab34cd.part", "file-young")
+    for name in names:
+        (files / name).mkdir()
+        (files / name / "content").write_bytes(b"half")
+    long_ago = unix_now() - 1.1 * DAY_S
+    for path in [*files.rglob("*"), *stores.layout.batches.rglob("*")]:
+        os.utime(path, (long_ago, long_ago))
+    os.utime(files / "file-young" / "content")
+    assert clear_leftovers(stores) == 2
+    assert sorted(path.name for path in files.iterdir()) == sorted(
+        [whole.id, batch.input_file_id, "file-young"]
+    )
+    assert now(stores, batch) == batch
+    assert clear_leftovers(stores) == 0

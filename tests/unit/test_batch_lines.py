@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -145,10 +146,8 @@ def test_any_bytes_are_read_or_refused(text: bytes) -> None:
 def test_any_value_of_any_field_is_read_or_refused(value: Any, field: str) -> None:
     """Nothing but the documented errors comes out."""
     text = changed(**{field: value}) if field in GOOD else changed(body={field: value})
-    try:
+    with contextlib.suppress(InvalidRequest):
         parse(text)
-    except InvalidRequest as error:
-        assert error.message
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from workers.inference.suspects import alone, retry_suspects, together
 
 
 def prompts(count: int) -> list[Prompt]:
-    """Prompts with the ids 0, 1, 2…"""
+    """Prompts with the ids 0, 1, 2 and so on."""
     return [Prompt(i, [Turn("user", [str(i)])], Sampling(max_tokens=1)) for i in range(count)]
 
 
