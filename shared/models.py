@@ -102,6 +102,11 @@ class ModelRegistry:
             )
         return record
 
+    def knows(self, name: str, owner: str) -> bool:
+        """Whether ``name`` is linked and ``owner`` may use it."""
+        record = self._all().get(name)
+        return record is not None and record.visible_to in (None, owner)
+
     def list(self) -> list[ModelRecord]:
         """All models, by name."""
         return sorted(self._read_all().values(), key=lambda record: record.name)

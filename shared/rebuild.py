@@ -8,6 +8,7 @@ anew. What is still in Redis is left as it is, so this may be run at any time, m
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class RebuildReport(msgspec.Struct):
     batches: int = 0
     chunks_kept: int = 0
     damaged: list[str] = []
-    """Shards that could not be read; their chunks are computed again."""
+    """What could not be read. The chunk of a damaged shard is computed again."""
 
 
 class Rebuild:
@@ -70,15 +71,21 @@ class Rebuild:
         self.report = RebuildReport()
 
     def run(self) -> RebuildReport:
-        """Put back what Redis lacks. Raises: QueueUnavailable, StorageFailed."""
+        """Put back what Redis lacks. Raises: QueueUnavailable."""
         batches = _visible(self._layout.batches)
-        for folder in batches:
-            self._protect_input(folder)
-        for folder in _visible(self._layout.files):
-            self._file(folder)
-        for folder in batches:
-            self._batch(folder)
+        self._each(batches, self._protect_input)
+        self._each(_visible(self._layout.files), self._file)
+        self._each(batches, self._batch)
+        self.report.damaged = sorted(set(self.report.damaged))
         return self.report
+
+    def _each(self, folders: list[Path], restore: Callable[[Path], None]) -> None:
+        """Restore what each folder holds; one that is damaged does not keep the others back."""
+        for folder in folders:
+            try:
+                restore(folder)
+            except (StorageFailed, msgspec.ValidationError) as error:
+                self.report.damaged.append(f"{folder.name}: {error}")
 
     def _protect_input(self, folder: Path) -> None:
         """Name the user of an input file before the file is listed, and could be swept away."""

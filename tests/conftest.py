@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from shared.settings import Settings, load_settings
+from shared.settings import Settings, load_settings, with_overrides
 from shared.stores import Stores
 from tests.running_node import RunningNode, running_node, wait_for
 from workers import redis_server
@@ -67,7 +67,7 @@ def store_settings(redis_url: str, folder: Path, **sections: dict[str, Any]) -> 
         "min_free_bytes": 0,
         **sections.pop("storage", {}),
     }
-    return load_settings(storage=storage, redis={"url": redis_url}, **sections)
+    return with_overrides(Settings(), storage=storage, redis={"url": redis_url}, **sections)
 
 
 @contextlib.contextmanager

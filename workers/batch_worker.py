@@ -28,12 +28,11 @@ from workers.inference.batch import ChunkResult, ChunkRun
 from workers.inference.control import run_control_unit
 from workers.inference.engines.flight import Flight
 from workers.inference.uploads import OwnedImages
-from workers.keeper import Keeper
+from workers.keeper import Keeper, until_answered
 
 log = get_logger(__name__)
 
 _MAX_RETRY_DELAY_S = 30.0
-_REDIS_RETRY_S = 0.5
 
 
 class Draining(VlmqError):
@@ -125,6 +124,7 @@ class BatchWorker:
             batch_dir=self._stores.batches.folder(lease.batch_id),
             source=self._stores.layout.file_dir(lease.spec.input_file_id) / "content",
             model=self._model(lease.model),
+            knows_model=lambda name: self._stores.models.knows(name, lease.spec.owner),
             settings=self._settings,
             flight=self._flight(lease.model),
             read_image=self._images.reader(lease.spec.owner),
@@ -141,12 +141,10 @@ class BatchWorker:
 
     def _commit(self, lease: Lease, result: ChunkResult) -> bool:
         """Tell Redis of the shard, however long it is away; says whether it was the last one."""
-        while True:
-            try:
-                return self._stores.batches.committed(lease, result.header, result.problems)
-            except QueueUnavailable:
-                self._check()
-                time.sleep(_REDIS_RETRY_S)
+        return until_answered(
+            lambda: self._stores.batches.committed(lease, result.header, result.problems),
+            self._check,
+        )
 
     def _check(self) -> None:
         self._keeper.check()

@@ -7,8 +7,10 @@ goes on: whether the lease was lost is decided by its token when the work is com
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from shared.errors import BatchCancelled, BatchExpired, LeaseLost, QueueUnavailable, VlmqError
 from shared.jobs import StopReason
@@ -18,6 +20,9 @@ from shared.log import get_logger
 log = get_logger(__name__)
 
 _RETRY_S = 1.0
+_ASK_AGAIN_S = 0.5
+
+T = TypeVar("T")
 
 
 class Keeper:
@@ -80,6 +85,19 @@ class Keeper:
             if self._lease is lease:
                 self._stop_reason = reason
         return True
+
+
+def until_answered(call: Callable[[], T], keep_going: Callable[[], None]) -> T:
+    """Do ``call`` again until Redis answers; what it reports is on disk already.
+
+    ``keep_going`` is called between tries and may raise to stop.
+    """
+    while True:
+        try:
+            return call()
+        except QueueUnavailable:
+            keep_going()
+            time.sleep(_ASK_AGAIN_S)
 
 
 def stop_error(reason: StopReason) -> VlmqError:

@@ -204,7 +204,8 @@ class Child:
 
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
-        self._process.send_signal(number)
+        # Not Popen.send_signal, which reaps the child if it is dead: only _exited may do that.
+        os.kill(self._process.pid, number)
 
     def _change(self, state: State) -> None:
         self.state = state

@@ -38,6 +38,7 @@ log = get_logger(__name__)
 
 _LOCK = f"{PREFIX}reaper"
 _SERVER_RUN = f"{PREFIX}server_run"
+_PATIENCE = f"{PREFIX}patience"
 _SWEEP_EVERY_S = 60.0
 _CLEAR_EVERY_S = 3600.0
 
@@ -49,7 +50,6 @@ class Reaper:
         self._settings = settings
         self._stores = stores
         self._id = new_id("reaper_")
-        self._patient_until = 0.0
         self._swept_at = 0.0
         self._cleared_at = 0.0
 
@@ -69,7 +69,7 @@ class Reaper:
         if not self._leads():
             return
         self._watch_server()
-        if time.monotonic() >= self._patient_until:
+        if not self._stores.redis.exists(_PATIENCE):
             self._note(self._stores.leases.reap())
         self._expire_batches()
         self._top_up_tickets()
@@ -85,14 +85,18 @@ class Reaper:
         node = self._settings.node
         if not node.run_id:
             return
-        dead = []
+        dead, forgotten = [], []
         for worker in self._stores.leases.workers():
             name, run_id, pid, started = worker.rsplit(":", 3)
-            if (name, run_id) == (node.name, node.run_id) and start_ticks(int(pid)) != int(started):
+            if name != node.name:
+                continue
+            if run_id != node.run_id:
+                forgotten.append(worker)  # of an earlier run: what it held expires by itself
+            elif start_ticks(int(pid)) != int(started):
                 dead.append(worker)
         if dead:
             self._note(self._stores.leases.reap(dead))
-            self._stores.leases.unregister(dead)
+        self._stores.leases.unregister(dead + forgotten)
 
     def _leads(self) -> bool:
         """Hold, take or miss the lock."""
@@ -108,9 +112,11 @@ class Reaper:
         """After a restart of Redis give every holder one TTL to renew before reaping."""
         run = str(self._stores.redis.info("server")["run_id"]).encode()
         if self._stores.redis.get(_SERVER_RUN) != run:
-            self._patient_until = time.monotonic() + self._settings.queue.lease_ttl_s
+            patience_s = self._settings.queue.lease_ttl_s
+            # In Redis, so that it holds for whichever node's reaper leads next.
+            self._stores.redis.set(_PATIENCE, b"1", px=int(patience_s * 1000))
             self._stores.redis.set(_SERVER_RUN, run)
-            log.info("redis_is_new", patience_s=self._settings.queue.lease_ttl_s)
+            log.info("redis_is_new", patience_s=patience_s)
             missing = missing_batches(self._stores.redis, self._stores.layout)
             if missing:
                 log.error("redis_lacks_batches", missing=missing, advice="vlmq doctor --rebuild")

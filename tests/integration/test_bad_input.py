@@ -155,7 +155,7 @@ MISTAKES: list[tuple[str, bytes, str, str | None]] = [
     ("a number for a custom_id", good("m7").replace(b'"m7"', b"7"), "invalid_value", "custom_id"),
     ("another method", good("m8").replace(b"POST", b"GET"), "invalid_value", "method"),
     ("another url", good("m9").replace(b"chat/", b"x/"), "invalid_value", "url"),
-    ("an unknown model", good("m10", model="nobody"), "model_mismatch", "model"),
+    ("an unknown model", good("m10", model="nobody"), "model_not_found", "model"),
     ("a hot temperature", good("m11", temperature="hot"), "invalid_value", "temperature"),
     ("a float of tokens", good("m12", max_tokens=1.5), "invalid_value", "max_tokens"),
     ("tools", good("m13", tools=[]), "unsupported_parameter", "tools"),
@@ -194,7 +194,9 @@ def test_every_mistake_is_told_by_its_line_and_the_rest_completes(sdk: openai.Op
     for number, (name, code, param) in expected.items():
         error = error_of(failed[number])
         assert (error["code"], error["param"]) == (code, param), name
-        assert error["status"] == (413 if code == "body_too_large" else 400), name
+        assert error["status"] == {"body_too_large": 413, "model_not_found": 404}.get(code, 400), (
+            name
+        )
         assert (told[number].code, told[number].param) == (code, param), name
         assert told[number].message == error["message"] != "", name
 
@@ -213,7 +215,7 @@ def test_windows_line_endings_and_a_byte_order_mark_are_no_mistakes(sdk: openai.
     [
         ([b""], "empty_file", None, None),
         ([b"", b"hello", b"world"], "invalid_json", 2, None),
-        ([b"{", good("a", model="nobody")], "model_not_found", 2, "body.model"),
+        ([b"{", good("a", model="nobody")], "model_not_found", 2, "model"),
     ],
 )
 def test_a_file_without_anything_to_run_fails(

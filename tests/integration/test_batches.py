@@ -68,6 +68,7 @@ def test_a_batch_goes_from_its_record_to_its_result(stores: Stores) -> None:
     assert times == sorted(time for time in times if time is not None)
     assert (ended.prompt_tokens, ended.completion_tokens) == (4, 2)
     assert not (stores.batches.folder(batch.id) / "shards").exists()
+    assert stores.leases.lanes() == []
     events = [
         json.loads(event)["to"]
         for event in stores.redis.lrange(f"vlmq:batch:{batch.id}:events", 0, -1)
@@ -237,7 +238,7 @@ def test_a_finalizer_overtaken_by_one_at_work_writes_the_same(stores: Stores) ->
         (
             b"{broken\n" + line("a", "x", model="nobody").encode() + b"\n",
             "model_not_found",
-            "body.model",
+            "model",
             2,
         ),
     ],

@@ -457,12 +457,14 @@ class LeaseMachine(RuleBasedStateMachine):
         assert members == {f"{lease.batch_id}|{lease.unit}" for lease in self.held}
 
     @invariant()
-    def what_is_all_done_is_finalized(self) -> None:
-        """A batch without work left never waits in a model's lane."""
+    def what_is_all_done_is_finalized_and_nothing_else(self) -> None:
+        """A batch without work left never waits, one with work left ends only when stopped."""
         for batch_id, batch in self.batches.items():
             done = sum(1 for owner_id, _ in self.committed if owner_id == batch_id)
-            if done == batch.total and batch_id not in self.ended:
-                assert self._batch(batch_id).state == BatchState.FINALIZING
+            found = self._batch(batch_id)
+            if found.stop_reason is None or done == batch.total:
+                goes_on = found.state == BatchState.IN_PROGRESS
+                assert goes_on is (done < batch.total)
 
     def _take(self, data: st.DataObject) -> Lease:
         lease = data.draw(st.sampled_from(self.held))
@@ -490,6 +492,8 @@ def test_any_order_of_events_keeps_the_rules(stores: Stores) -> None:
             stateful_step_count=30,
             deadline=None,
             database=None,
+            # Shrinking replays on a real server for minutes; thirty steps are read as they are.
+            phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
             suppress_health_check=list(hypothesis.HealthCheck),
         ),
     )

@@ -18,6 +18,7 @@ from shared.errors import (
     EngineCrashed,
     InvalidJson,
     InvalidRequest,
+    ModelNotFound,
     StorageFailed,
     UnsupportedParameter,
     VlmqError,
@@ -49,6 +50,7 @@ def parse(text: bytes, *, number: int = 7, duplicates: frozenset[int] = frozense
         Line(number, text),
         endpoint=ENDPOINT,
         model="echo",
+        knows_model={"echo", "other"}.__contains__,
         duplicates=duplicates,
         max_line_bytes=1000,
     )
@@ -104,6 +106,12 @@ def test_a_wrong_line_is_refused_by_name(text: bytes, code: str, param: str | No
     with pytest.raises(InvalidRequest) as refused:
         parse(text)
     assert (refused.value.code, refused.value.param) == (code, param)
+
+
+def test_a_model_that_is_not_linked_is_told_from_another_batchs() -> None:
+    """A mismatch is mended in the file, a missing model on the server."""
+    with pytest.raises(ModelNotFound, match="nobody"):
+        parse(changed(body={"model": "nobody"}))
 
 
 def test_a_line_that_is_too_long_was_not_read() -> None:

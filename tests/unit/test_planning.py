@@ -297,7 +297,7 @@ def test_a_file_of_unknown_models_names_the_first(plan: Planner) -> None:
         plan(b"\n\n{\n" + request("a", "x") + b"\n" + request("b", "y"))
     problem = rejected.value.problem
     assert (rejected.value.total, problem.code) == (3, "model_not_found")
-    assert (problem.line, problem.param) == (4, "body.model")
+    assert (problem.line, problem.param) == (4, "model")
     assert "'x'" in problem.message
 
 

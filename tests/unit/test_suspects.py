@@ -62,9 +62,9 @@ def test_the_poison_is_found_and_nothing_else(case: tuple[int, set[int]]) -> Non
     assert engine.runs <= 2 + len(poison) * (2 * max(1, count).bit_length() + 3)
 
 
-@given(st.sets(st.integers(1, 6), max_size=1))
+@pytest.mark.parametrize("outages", [{1}, {2}, {1, 2, 3}, {1, 2, 3, 4}])
 def test_a_crash_by_chance_is_blamed_on_nobody(outages: set[int]) -> None:
-    """An engine that died once for another reason is asked again."""
+    """Not even on an item that was alone in the engine then: it is asked once more."""
     assert settled(Engine(set(), outages=outages), 8) == (set(), set(range(8)))
 
 
@@ -146,8 +146,9 @@ def test_the_retrier_is_alone(tmp_path: Path) -> None:
     assert not any(actor.got.wait(0.05) for actor in later)
     retrier.end()
     for actor in later:
-        actor.leave.set()
-        assert actor.got.wait(10)
+        actor.leave.set()  # whichever of the two comes first
+    assert all(actor.got.wait(10) for actor in later)
+    for actor in later:
         actor.end()
 
 

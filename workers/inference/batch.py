@@ -78,6 +78,7 @@ class ChunkRun:
         batch_dir: Path,
         source: Path,
         model: ModelRecord | None,
+        knows_model: Callable[[str], bool],
         settings: Settings,
         flight: Flight,
         read_image: ReadImage,
@@ -87,6 +88,7 @@ class ChunkRun:
         self._batch_dir = batch_dir
         self._source = source
         self._model = model
+        self._knows_model = knows_model
         self._name = lease.model
         self._settings = settings
         self._flight = flight
@@ -144,6 +146,7 @@ class ChunkRun:
                     line,
                     endpoint=self._lease.spec.endpoint,
                     model=self._name,
+                    knows_model=self._knows_model,
                     duplicates=duplicates,
                     max_line_bytes=self._settings.queue.max_line_bytes,
                 )

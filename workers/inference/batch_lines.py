@@ -8,7 +8,7 @@ Source: OpenAI's public API specification 2.3.0, ``BatchRequestInput`` and ``Bat
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from shared.errors import (
     InvalidJson,
     InvalidValue,
     ModelMismatch,
+    ModelNotFound,
     StorageFailed,
     VlmqError,
 )
@@ -111,7 +112,13 @@ def split_lines(data: bytes, first_line: int) -> list[Line]:
 
 
 def parse_line(
-    line: Line, *, endpoint: str, model: str, duplicates: Collection[int], max_line_bytes: int
+    line: Line,
+    *,
+    endpoint: str,
+    model: str,
+    knows_model: Callable[[str], bool],
+    duplicates: Collection[int],
+    max_line_bytes: int,
 ) -> BatchLine:
     """Read and check one request.
 
@@ -129,6 +136,8 @@ def parse_line(
         raise DuplicateCustomId(param="custom_id")
     _check_envelope(parsed, endpoint)
     if parsed.body.model != model:
+        if not knows_model(parsed.body.model):
+            raise ModelNotFound(f"there is no model '{parsed.body.model}'", param="model")
         raise ModelMismatch(
             f"this line asks for the model '{parsed.body.model}' but the batch runs on '{model}'; "
             "all lines of a batch must name the same model",

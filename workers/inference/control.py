@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from shared.errors import ModelNotFound, StorageFailed, WorkerCrashed
+from shared.errors import StorageFailed, WorkerCrashed
 from shared.jobs import BatchProblem
 from shared.leases import FINAL, PLAN, Lease
 from shared.log import get_logger
 from shared.stores import Stores
 from workers.inference.finalizing import finalize
 from workers.inference.planning import Rejected, plan_batch
-from workers.keeper import Keeper
+from workers.keeper import Keeper, until_answered
 
 log = get_logger(__name__)
 
@@ -42,20 +42,15 @@ def plan(lease: Lease, stores: Stores, keeper: Keeper) -> None:
             source,
             stores.batches.folder(lease.batch_id),
             stores.settings.queue,
-            knows_model=lambda name: _is_known(name, lease.spec.owner, stores),
+            knows_model=lambda name: stores.models.knows(name, lease.spec.owner),
             keep_going=keeper.check,
         )
     except Rejected as rejection:
-        stores.batches.rejected(lease, rejection.total, [rejection.problem])
-        log.info("batch_rejected", batch_id=lease.batch_id, code=rejection.problem.code)
+        problem = rejection.problem
+        total = rejection.total
+        until_answered(lambda: stores.batches.rejected(lease, total, [problem]), keeper.check)
+        log.info("batch_rejected", batch_id=lease.batch_id, code=problem.code)
         return
-    stores.batches.planned(lease, found)
+    until_answered(lambda: stores.batches.planned(lease, found), keeper.check)
     log.info("batch_planned", batch_id=lease.batch_id, chunks=found.chunks, total=found.total)
     stores.tickets.batch(found.model, min(found.chunks, stores.settings.queue.ticket_window))
-
-
-def _is_known(name: str, owner: str, stores: Stores) -> bool:
-    try:
-        return stores.models.get(name).visible_to in (None, owner)
-    except ModelNotFound:
-        return False

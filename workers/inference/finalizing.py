@@ -24,6 +24,7 @@ from shared.manifest import Chunk, Manifest
 from shared.shards import copy_errors, copy_output, read_header, shard_path
 from shared.storage import Layout, atomic_file, remove_tree, storage_errors
 from workers.inference.batch_lines import error_line, item_id, read_chunk, split_lines
+from workers.keeper import until_answered
 
 _TICK_EVERY = 16
 
@@ -51,13 +52,17 @@ def finalize(
     totals = _Totals()
     output = _write(spec, "output", layout, files, lambda target: join.output(target, totals))
     errors = _write(spec, "errors", layout, files, lambda target: join.errors(target, totals))
-    batches.finished(
-        lease,
-        _terminal(batch.stop_reason, totals, batch.total),
-        output_file_id=output.id if output else None,
-        error_file_id=errors.id if errors else None,
-        completed=totals.completed,
-        failed=totals.failed,
+    state = _terminal(batch.stop_reason, totals, batch.total)
+    until_answered(
+        lambda: batches.finished(
+            lease,
+            state,
+            output_file_id=output.id if output else None,
+            error_file_id=errors.id if errors else None,
+            completed=totals.completed,
+            failed=totals.failed,
+        ),
+        keep_going,
     )
     remove_tree(batches.folder(spec.id) / "shards")
 

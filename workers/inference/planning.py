@@ -199,7 +199,7 @@ class _Survey:
             return self._model
         if self._named_model is not None:
             message = f"there is no model '{self._named_model}'; GET /v1/models lists those linked"
-            problem = BatchProblem(ModelNotFound.code, message, "body.model", self._named_line)
+            problem = BatchProblem(ModelNotFound.code, message, "model", self._named_line)
             raise Rejected(self.total, problem)
         message = "no line is a JSON object with custom_id, method, url and a body naming a model"
         raise Rejected(self.total, BatchProblem(InvalidJson.code, message, line=self._first_line))
