@@ -37,7 +37,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty:
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     if table.row_count:
-        out.print(table, width=max(out.width, WIDEST), crop=False)
+        Console(highlight=False, width=max(out.width, WIDEST)).print(table)
     else:
         note(empty)
 

@@ -284,13 +284,18 @@ def _finish(found: Json, *, as_json: bool) -> None:
             f"the batch is {found['status']}; answered: {counts(found)}. What there is: "
             f"vlmq batch results {found['id']} -o answers.jsonl --errors errors.jsonl"
         )
-    note(f"done: {counts(found)}. Read it: vlmq batch results {found['id']} -o answers.jsonl")
+    errors = " --errors errors.jsonl" if found["request_counts"]["failed"] else ""
+    note(
+        f"done: {counts(found)}. Read it: vlmq batch results {found['id']} -o answers.jsonl{errors}"
+    )
 
 
 def _explain_problems(found: Json) -> None:
     problems = (found.get("errors") or {}).get("data") or []
     for problem in problems:
-        where = f"line {problem['line']}: " if problem.get("line") else ""
+        where = f"line {problem['line']}"
+        says_where = problem.get("line") is None or problem["message"].startswith(f"{where} ")
+        where = "" if says_where else f"{where}: "
         note(f"  {where}{problem['message']} ({problem['code']})")
 
 
