@@ -6,6 +6,7 @@ a second temporary file, and would let a short body pass for a whole one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -19,6 +20,8 @@ from api.schemas.common import NoFields
 from shared.errors import BodyTooLarge, InvalidRequest, InvalidValue
 
 CHUNK_BYTES = 256 * 1024
+DISCARD_BYTES = 64 * 1024 * 1024
+DISCARD_S = 5.0
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -39,6 +42,26 @@ def body_chunks(max_bytes: int, *, what: str = "the body") -> Iterator[bytes]:
         yield chunk
     if announced is not None and received < announced:
         raise InvalidRequest(f"the body ended after {received} of {announced} bytes")
+
+
+def discard_rest() -> None:
+    """Read what is left of a body that is refused, up to a limit of bytes and seconds.
+
+    What is left over would make gunicorn close a connection that its client takes for a good one,
+    and the client's next request would get no answer.
+    """
+    if (request.content_length or 0) > DISCARD_BYTES:
+        return
+    give_up_at = time.monotonic() + DISCARD_S
+    left = DISCARD_BYTES
+    try:
+        while left > 0 and time.monotonic() < give_up_at:
+            piece = request.environ["wsgi.input"].read(min(CHUNK_BYTES, left))
+            if not piece:
+                return
+            left -= len(piece)
+    except (ParseException, OSError):
+        return  # nothing can follow on this connection, which gunicorn closes
 
 
 def json_body() -> bytes:

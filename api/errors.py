@@ -18,6 +18,7 @@ from flask import Flask, Response, g, request
 from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from api.bodies import discard_rest
 from shared import statuses
 from shared.errors import (
     BodyTooLarge,
@@ -97,6 +98,8 @@ def _begin() -> None:
 def _stamp(response: Response) -> Response:
     response.headers["x-request-id"] = request_id()
     response.headers["x-content-type-options"] = "nosniff"
+    if response.status_code >= 400:
+        discard_rest()
     return response
 
 

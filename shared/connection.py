@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,16 @@ CONNECT_TIMEOUT_S = 5
 HEALTH_CHECK_S = 5
 
 
+_REFUSALS = (
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.ExecAbortError,
+)
+# redis-py has no class for these. Not only at the start: a pipeline puts words of its own first.
+_REFUSAL = re.compile(r"\b(MISCONF|OOM|READONLY|NOREPLICAS)\b")
+
+
 @contextmanager
 def redis_errors() -> Iterator[None]:
     """Turn "Redis is not there" into QueueUnavailable; leave programming errors alone."""
@@ -28,7 +39,7 @@ def redis_errors() -> Iterator[None]:
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise QueueUnavailable(f"{QueueUnavailable.__doc__} ({type(error).__name__})") from error
     except redis.ResponseError as error:
-        if str(error).startswith(("MISCONF", "OOM", "READONLY")):
+        if isinstance(error, _REFUSALS) or _REFUSAL.search(str(error)):
             raise QueueUnavailable(f"Redis refuses to write: {error}") from error
         raise
 

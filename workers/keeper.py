@@ -81,6 +81,10 @@ class Keeper:
             with self._lock:
                 self._lost = self._lost or self._lease is lease
             return True
+        except Exception:
+            # Whatever it was, the next try may do better, and without any the lease is lost.
+            log.exception("lease_not_renewed", batch_id=lease.batch_id, unit=lease.unit)
+            return False
         with self._lock:
             if self._lease is lease:
                 self._stop_reason = reason
