@@ -75,12 +75,19 @@ def _require_local() -> None:
     if not is_loopback(_hostname(host)):
         raise Forbidden("without API keys the server answers only to localhost and 127.0.0.1")
     origin = request.headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+    if origin is not None and _netloc(origin) != host.lower():
         raise Forbidden("without API keys web pages of other sites may not use the server")
 
 
 def _hostname(host: str) -> str:
     try:
         return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc.lower()
     except ValueError:
         return ""

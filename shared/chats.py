@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ ABORTS = f"{PREFIX}aborts"
 _OPEN = f"{PREFIX}chats"
 _INBOX_LENGTH = 50_000
 _INBOX_TTL_S = 120
+_TRIM_EVERY_S = 1.0
 _CHECK_AFTER_S = 1.0
 _MISSES_TO_GIVE_UP = 3
 """One look may fall between a claim and the news of it, or between Redis's return and a beat."""
@@ -97,7 +99,7 @@ class ChatQueue:
         self._max_open = max_open
         self._inbox = f"{PREFIX}inbox:{new_id('api_')}"
         self._replies: dict[str, ChatReply] = {}
-        self._ended: deque[str] = deque()
+        self._ended: list[str] = []
         self._lock = threading.Lock()
         self._reader: threading.Thread | None = None
         self._closed = threading.Event()
@@ -129,13 +131,13 @@ class ChatQueue:
 
     def _enter(self, job: ChatJob) -> None:
         pipeline = self._redis.pipeline()
-        ended = self._take_ended()
-        if ended:
-            pipeline.zrem(_OPEN, *ended)
-        pipeline.zremrangebyscore(_OPEN, "-inf", time.time())
-        pipeline.zcard(_OPEN)
-        pipeline.zadd(_OPEN, {job.id: job.deadline})
-        is_open = pipeline.execute()[-2]
+        with self._ended_ids() as ended:
+            if ended:
+                pipeline.zrem(_OPEN, *ended)
+            pipeline.zremrangebyscore(_OPEN, "-inf", time.time())
+            pipeline.zcard(_OPEN)
+            pipeline.zadd(_OPEN, {job.id: job.deadline})
+            is_open = pipeline.execute()[-2]
         if is_open >= self._max_open:
             self._redis.zrem(_OPEN, job.id)
             raise RateLimited(f"{is_open} chat requests are open already; try again shortly")
@@ -161,10 +163,19 @@ class ChatQueue:
         """Nobody waits for this request any more. Redis hears of it with the next command."""
         with self._lock:
             self._replies.pop(chat_id, None)
-        self._ended.append(chat_id)
+            self._ended.append(chat_id)
 
-    def _take_ended(self) -> list[str]:
-        return [self._ended.popleft() for _ in range(len(self._ended))]
+    @contextmanager
+    def _ended_ids(self) -> Iterator[list[str]]:
+        """Requests of whose end Redis is told in the block; kept if it does not answer."""
+        with self._lock:
+            ended, self._ended = self._ended, []
+        try:
+            yield ended
+        except QueueUnavailable:
+            with self._lock:
+                self._ended += ended
+            raise
 
     def close(self) -> None:
         """Stop reading."""
@@ -179,11 +190,16 @@ class ChatQueue:
     def _read(self) -> None:
         last = b"0"
         seen: dict[bytes, int] = {}
+        trim_at = 0.0
         while not self._closed.is_set():
             try:
-                ended = self._take_ended()
-                if ended:
-                    self._redis.zrem(_OPEN, *ended)
+                with self._ended_ids() as ended:
+                    if ended:
+                        self._redis.zrem(_OPEN, *ended)
+                if time.monotonic() >= trim_at:
+                    # What was read is of no use to anybody, and Redis keeps it in memory.
+                    self._redis.xtrim(self._inbox, minid=last, approximate=True)
+                    trim_at = time.monotonic() + _TRIM_EVERY_S
                 found = self._redis.xread({self._inbox: last}, count=500, block=1000)
             except QueueUnavailable:
                 self._closed.wait(0.2)

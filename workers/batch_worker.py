@@ -64,11 +64,15 @@ class BatchWorker:
         self._images = OwnedImages(settings.images, self._stores)
         self._flights: dict[str, Flight] = {}
         self._trouble = 0
-        self._stores.leases.register(name)
 
     def run_slice(self, lane: str) -> None:
         """Claim and do units of ``lane`` until none is left or the slice is over."""
         ends_at = time.monotonic() + self._settings.queue.slice_s
+        try:
+            # Not once and for all: Redis may be away when this process starts, or be wiped later.
+            self._stores.leases.register(self._name)
+        except QueueUnavailable:
+            return  # as below
         while not self._is_draining():
             try:
                 lease = self._stores.leases.claim(lane, self._name)

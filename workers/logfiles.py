@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,11 +37,18 @@ def open_log(path: Path) -> BinaryIO:
 def rotate(path: Path, max_bytes: int = MAX_BYTES) -> bool:
     """Move a large log's content aside; writers that have it open go on from its start.
 
-    Lines written during the copy may be lost. Returns whether anything was done.
+    Lines written during the copy may be lost. Returns whether anything was done: a disk too full
+    for the copy leaves the log as it is, which cannot grow there either.
     """
     if not path.exists() or path.stat().st_size <= max_bytes:
         return False
-    shutil.copyfile(path, path.with_name(path.name + ".1"))
+    aside = path.with_name(path.name + ".1")
+    try:
+        shutil.copyfile(path, aside)
+    except OSError:
+        with suppress(OSError):  # there is no half copy, or it cannot be helped
+            aside.unlink()
+        return False
     os.truncate(path, 0)
     return True
 

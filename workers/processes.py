@@ -85,7 +85,8 @@ class Child:
         """The end of the log, after a crash."""
         self.restarts = 0
         self.started_at = 0.0
-        self.ready_after_s = 0.0
+        self.ready_after_s: float | None = None
+        """How long the present process took to become ready; None until it is."""
         self.next_start_at: float | None = None
         self._tell = tell
         self._process: subprocess.Popen[bytes] | None = None
@@ -114,6 +115,7 @@ class Child:
                 start_new_session=True,
             )
         self.started_at = time.monotonic()
+        self.ready_after_s = None
         self.next_start_at = None
         self.detail = ""
         self._change(State.STARTING)
@@ -130,7 +132,7 @@ class Child:
             self.kill()
         elif self.next_start_at is not None and now >= self.next_start_at:
             self.restarts += 1
-            self.start()
+            self._start_again(now)
 
     def stop(self) -> None:
         """Ask the program to finish what it has in hand; it is killed after its drain limit."""
@@ -153,6 +155,13 @@ class Child:
         """Keep the log of a long-running program small."""
         if rotate(self.program.log):
             self._log_start = 0
+
+    def _start_again(self, now: float) -> None:
+        try:
+            self.start()
+        except OSError as error:
+            # A full disk or no memory left: the other programs still need looking after.
+            self._back_off(now, f"could not be started: {error.strerror or error}")
 
     def _is_ready(self, now: float) -> bool:
         if self.program.ready is not None:
@@ -180,7 +189,7 @@ class Child:
         if status in PERMANENT_EXITS:
             self._fail(now)
         else:
-            self._back_off(now, status)
+            self._back_off(now, describe_exit(status))
 
     def _fail(self, now: float) -> None:
         self._permanent_failures += 1
@@ -189,7 +198,7 @@ class Child:
         self.next_start_at = now + PERMANENT_RETRY_S if retry else None
         self._change(State.FAILED)
 
-    def _back_off(self, now: float, status: int) -> None:
+    def _back_off(self, now: float, reason: str) -> None:
         if now - self.started_at >= STEADY_S:
             self._crashes_in_a_row = 0
         # One that had been ready is not broken: somebody killed it, perhaps its work, and the
@@ -198,7 +207,7 @@ class Child:
         longest_s = LONGEST_READY_BACKOFF_S if was_ready else LONGEST_BACKOFF_S
         delay_s = min(longest_s, self.program.restart_s * 2**self._crashes_in_a_row)
         self._crashes_in_a_row += 1
-        self.detail = f"{describe_exit(status)}; starting again in {delay_s:g} s"
+        self.detail = f"{reason}; starting again in {delay_s:g} s"
         self.next_start_at = now + delay_s
         self._change(State.RESTARTING)
 

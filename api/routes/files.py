@@ -14,6 +14,7 @@ from api.idempotency import fingerprint, once
 from api.multipart import FORM_OVERHEAD_BYTES, FormReader
 from api.schemas.common import list_object
 from api.schemas.files import DeletedFile, FileListQuery, FileObject, UploadForm
+from shared.errors import NotFound
 from shared.files import FileRecord, FileWriter
 
 blueprint = Blueprint("files", __name__)
@@ -70,14 +71,18 @@ def content(file_id: str) -> Response:
     files = current.stores().files
     record = files.get(current.owner(), file_id)
     Client(request.environ).bound_download()
-    return send_file(
-        files.content_path(current.owner(), file_id),
-        mimetype=_media_type(record),
-        as_attachment=True,
-        download_name=record.filename,
-        conditional=True,
-        etag=record.sha256,
-    )
+    try:
+        return send_file(
+            files.content_path(current.owner(), file_id),
+            mimetype=_media_type(record),
+            as_attachment=True,
+            download_name=record.filename,
+            conditional=True,
+            etag=record.sha256,
+        )
+    except FileNotFoundError:
+        # Deleted this moment, or listed by a commit whose answer was lost and that was undone.
+        raise NotFound(f"the content of '{file_id}' is gone", param="file_id") from None
 
 
 @blueprint.delete("/v1/files/<file_id>")

@@ -69,6 +69,15 @@ def test_a_deleted_file_is_gone(sdk: openai.OpenAI, stores: Stores) -> None:
     assert not stores.layout.file_dir(file_id).exists()
 
 
+def test_content_that_is_gone_is_not_found(sdk: openai.OpenAI, stores: Stores) -> None:
+    """A file may be listed for a moment longer than it exists."""
+    file = sdk.files.create(file=("a.jsonl", b"{}"), purpose="batch")
+    stores.files.content_path("local", file.id).unlink()
+    with pytest.raises(openai.NotFoundError):
+        sdk.files.content(file.id)
+    sdk.files.delete(file.id)
+
+
 def test_a_range_of_the_content_can_be_read(sdk: openai.OpenAI) -> None:
     """A client may go on with a download where it broke off."""
     file_id = _upload(sdk, b"0123456789")

@@ -144,6 +144,7 @@ def test_a_model_of_one_owner_is_invisible_to_others(keyed: ApiServer) -> None:
         ({"Host": "localhost:8000", "Origin": "http://localhost:3000"}, 403),
         ({"Host": "localhost:8000", "Origin": "http://evil.example"}, 403),
         ({"Host": "localhost:8000", "Origin": "null"}, 403),
+        ({"Host": "localhost:8000", "Origin": "http://[no-address"}, 403),
         ({"Host": "localhost:8000", "X-Forwarded-For": "10.0.0.9"}, 401),
         ({"Host": "localhost:8000", "Forwarded": "for=10.0.0.9"}, 401),
     ],

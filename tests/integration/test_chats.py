@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,40 @@ def test_a_deadline_ends_the_wait(stores: Stores, desk: ChatDesk) -> None:
     reply = submit(stores, timeout_s=0.3)
     assert isinstance(failure(reply), RequestTimedOut)
     assert desk.take(reply.id) is None
+
+
+def test_ends_are_told_once_however_many_threads_tell_them(stores: Stores) -> None:
+    """Each is told; the inbox's thread and those of new requests do not fall over one another."""
+    count, told = 20_000, list[str]()
+
+    def tell() -> None:
+        while len(told) < count:
+            with stores.chats._ended_ids() as ended:
+                told.extend(ended)
+
+    with ThreadPoolExecutor(4) as threads:
+        telling = [threads.submit(tell) for _ in range(4)]
+        for number in range(count):
+            stores.chats.forget(f"{number:05}")
+        for one in telling:
+            one.result(LIMIT_S)
+    assert sorted(told) == [f"{number:05}" for number in range(count)]
+
+
+def test_what_was_read_does_not_stay_in_redis(
+    stores: Stores, desk: ChatDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the streams of a busy server would take hundreds of megabytes."""
+    monkeypatch.setattr(chats, "_TRIM_EVERY_S", 0.01)
+    reply = submit(stores)
+    job = take(desk, reply)
+    for number in range(300):
+        word = f"{number:5000d} "
+        send(desk, job, "delta", word)
+        assert read(reply, lambda text, word=word: text == word) == word  # type: ignore[misc]
+    assert stores.redis.xlen(job.inbox) < 100
+    send(desk, job, "end", "stop")
+    assert read(reply) == ""
 
 
 # --- limits -----------------------------------------------------------------------------------

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import http.server
 import io
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -44,6 +47,32 @@ def data_url(data: bytes) -> str:
 def sdk(node: RunningNode) -> openai.OpenAI:
     """The SDK, pointed at the node."""
     return node.sdk(max_retries=0)
+
+
+def padded_png(size: int) -> bytes:
+    """A tiny picture in a file that is made large by a chunk that nobody reads."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    picture = stream.getvalue()
+    chunk = b"prIv" + bytes(size)
+    padding = struct.pack(">I", size) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return picture[:33] + padding + picture[33:]
+
+
+def test_images_in_flight_take_bounded_memory() -> None:
+    """One upload, named by every line of a small file, must not fill the machine's memory."""
+    slow = {"model": "echo", "engine": "echo", "max_running": 8, "options": {"delay_s": 0.3}}
+    with running_node(models=(slow,), node={"batch_processes": 1}) as own:
+        sdk = own.sdk(max_retries=0)
+        upload = sdk.files.create(file=("a.png", padded_png(6 << 20)), purpose="vision").id
+        lines = [shown(f"item-{number}", upload) for number in range(200)]
+        batch = wait_until_ended(sdk, submit(sdk, lines).id, 90)
+        assert batch.request_counts is not None
+        assert batch.request_counts.completed == 200
+        [child] = own.batch_children()
+        rows = Path(f"/proc/{child}/status").read_text().splitlines()
+        status = dict(row.split(":", 1) for row in rows)
+        assert int(status["VmHWM"].split()[0]) < 1200 * 1024
 
 
 def test_each_line_is_answered_with_its_images(sdk: openai.OpenAI) -> None:

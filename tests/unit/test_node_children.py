@@ -107,6 +107,41 @@ def test_a_program_that_keeps_dying_waits_longer_each_time(stage: Stage) -> None
     assert [detail.rpartition(" in ")[2] for detail in details] == ["0.05 s", "0.1 s", "0.2 s"]
 
 
+def test_one_that_never_gets_ready_waits_longer_than_one_that_was(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken program must not be started for ever; one that was shot is needed back soon."""
+    monkeypatch.setattr(processes, "LONGEST_READY_BACKOFF_S", 0.1)
+    code = (
+        "import pathlib, sys, time\n"
+        "lives = pathlib.Path(sys.argv[2]); lives.open('a').write('x')\n"
+        "if lives.stat().st_size < 4:\n"
+        "    pathlib.Path(sys.argv[1]).touch(); time.sleep(0.3)\n"
+        "sys.exit(1)\n"
+    )
+    child = stage.child(code, str(stage.marker), str(stage.folder / "lives"), restart_s=0.05)
+    child.start()
+    details: list[str] = []
+    while len(details) < 5:
+        stage.until(child, lambda: child.state is State.RESTARTING)
+        details.append(child.detail.rpartition(" in ")[2])
+        stage.until(child, lambda: child.state is State.STARTING)
+    assert details == ["0.05 s", "0.1 s", "0.1 s", "0.4 s", "0.8 s"]
+
+
+def test_a_program_that_cannot_be_started_again_is_tried_later(stage: Stage) -> None:
+    """Given a log that cannot be written, when the restart is due, then only it has to wait."""
+    child = stage.child("raise SystemExit(1)", restart_s=0.01)
+    child.start()
+    stage.until(child, lambda: child.state is State.RESTARTING)
+    child.program.log.unlink()
+    child.program.log.mkdir()
+    stage.until(child, lambda: "could not be started: Is a directory" in child.detail)
+    assert child.state is State.RESTARTING
+    child.program.log.rmdir()
+    stage.until(child, lambda: child.state is State.STARTING)
+
+
 def test_a_permanent_failure_is_not_retried_in_a_loop(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

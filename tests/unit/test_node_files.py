@@ -63,6 +63,15 @@ def test_a_tail_holds_only_what_came_since_the_start(tmp_path: Path) -> None:
     assert tail(tmp_path / "none.log", 2) == []
 
 
+def test_a_log_that_cannot_be_copied_aside_stays_as_it_is(tmp_path: Path) -> None:
+    """A full disk, say: the node that looks after the log goes on."""
+    path = tmp_path / "a.log"
+    path.write_bytes(b"x" * 100)
+    (tmp_path / "a.log.1").mkdir()
+    assert not rotate(path, max_bytes=50)
+    assert path.read_bytes() == b"x" * 100
+
+
 def test_json_log_lines_are_told_in_words() -> None:
     """A structured line becomes one a person can read; any other stays as it is."""
     line = json.dumps(

@@ -259,6 +259,13 @@ def test_they_are_found_across_spilled_files(
     assert plan.duplicates() == [778, 1041]
 
 
+def test_over_long_ids_are_not_kept_to_compare(plan: Planner) -> None:
+    """They are refused for their length anyway, and would fill the memory."""
+    ids = ["x" * 512, "y" * 513, "x" * 512, "y" * 513]
+    plan(b"\n".join(map(request, ids)))
+    assert plan.duplicates() == [3]
+
+
 def test_equal_hashes_are_not_equal_ids(plan: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Suspects are compared in full."""
     monkeypatch.setattr(planning, "hash", len, raising=False)

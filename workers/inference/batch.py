@@ -50,6 +50,8 @@ from workers.inference.suspects import alone, retry_suspects, together
 
 _GROUP_ITEMS = 64
 _GROUP_BYTES = 4 << 20
+_HELD_BYTES = 256 << 20
+"""No more images are read while those that engines have not answered for take so much memory."""
 _POLL_S = 0.25
 
 KeepGoing = Callable[[], None]
@@ -212,8 +214,12 @@ class ChunkRun:
         self._asked.update((prompt.id, prompt) for prompt in group)
         self._flight.submit(group)
         self._collect(0)
-        while self._flight.room < _GROUP_ITEMS and self._asked:
+        while self._asked and (self._flight.room < _GROUP_ITEMS or self._held() > _HELD_BYTES):
             self._collect(_POLL_S)
+
+    def _held(self) -> int:
+        """The bytes of images that are with the engines."""
+        return sum(len(image.data) for asked in self._asked.values() for image in asked.images)
 
     # --- out ---
 

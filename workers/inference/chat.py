@@ -67,7 +67,9 @@ class ChatWorker:
             answer.fail(VlmqError())
         finally:
             with self._lock:
-                del self._open[job.id]
+                # Taken for dead, this consumer may have got the same request a second time.
+                if self._open.get(job.id) is answer:
+                    del self._open[job.id]
 
     def abort(self, chat_id: str) -> None:
         """The client of this request went away."""

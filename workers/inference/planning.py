@@ -26,7 +26,7 @@ from shared.jobs import BatchProblem
 from shared.manifest import TOO_LONG, Chunk, Manifest, ManifestWriter, Plan
 from shared.settings import QueueSettings
 from shared.storage import storage_errors
-from workers.inference.batch_lines import BOM, UNREADABLE
+from workers.inference.batch_lines import BOM, MAX_CUSTOM_ID, UNREADABLE
 
 _BUCKETS = 64
 _SPILL_EVERY = 65_536
@@ -267,7 +267,8 @@ def _duplicate_lines(
             custom_id = _head.decode(line.text).custom_id
         except UNREADABLE:
             continue  # the consumer reports this line
-        if hash(custom_id) not in suspects:
+        # Over-long ones are refused by the consumer, and too many of them would not fit in memory.
+        if hash(custom_id) not in suspects or len(custom_id) > MAX_CUSTOM_ID:
             continue
         if custom_id in seen:
             yield line.number
