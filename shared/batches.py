@@ -164,7 +164,9 @@ class BatchStore:
         state = self._scripts("stop", batch_id, reason).decode()
         if state == "missing":
             raise NotFound(f"there is no batch '{batch_id}'")
-        if state != "ok":
+        if state == "late":
+            mark.unlink(missing_ok=True)  # it completes; a rebuild must not think otherwise
+        elif state != "ok":
             raise IllegalTransition(f"the batch is {state} and cannot be {reason}")
         self._announce()
 

@@ -97,6 +97,16 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return []
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
+    @property
+    def has_images(self) -> bool:
+        """Whether any message holds an image."""
+        return any(
+            isinstance(part, ImagePart)
+            for message in self.messages
+            if not isinstance(message.content, str)
+            for part in message.content
+        )
+
     def check(self) -> None:
         """Raise the rules that one field's type cannot say.
 

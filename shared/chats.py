@@ -204,6 +204,11 @@ class ChatQueue:
             except QueueUnavailable:
                 self._closed.wait(0.2)
                 continue
+            except Exception:
+                # Every answer of this process comes through here: it must go on.
+                log.exception("inbox_not_read")
+                self._closed.wait(1.0)
+                continue
             for _, entries in found:
                 for entry_id, fields in entries:
                     last = entry_id
@@ -309,9 +314,10 @@ class ChatReply:
             self.abort()
             raise EngineCrashed("the worker that answered this request died; send it again")
         log.warning("chat_resubmitted", chat_id=self.id, consumer=self._consumer)
-        self._job = msgspec.structs.replace(self._job, submission=self._job.submission + 1)
+        again = msgspec.structs.replace(self._job, submission=self._job.submission + 1)
+        self._queue.send(again)
+        self._job = again
         self._consumer = None
-        self._queue.send(self._job)
 
 
 # --- the consumer's side ----------------------------------------------------------------------
@@ -400,6 +406,10 @@ class ChatDesk:
                     log.error("replies_lost", events=len(batch))  # noqa: TRY400 - the cause is known
                     return
                 time.sleep(0.2)
+            except Exception:
+                # The next batch must not wait for one that Redis will never take.
+                log.exception("replies_lost", events=len(batch))
+                return
 
 
 def _coalesced(events: list[ChatEvent]) -> list[ChatEvent]:

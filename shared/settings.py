@@ -102,6 +102,8 @@ class ImageSettings(_Section):
     max_pixels: Count = 100_000_000
     max_bytes: Count = 50 * MIB
     max_per_request: Count = 16
+    max_request_bytes: Count = 64 * MIB
+    """All images of one request together, encoded."""
     allow_http: bool = True
     allow_private_hosts: tuple[str, ...] = ()
     """Hosts on private networks that images may be fetched from, such as an image server's."""

@@ -451,6 +451,8 @@ class Announcer:
             if not self._silent:
                 log.warning("cannot announce this node", reason=error.message)
             self._silent = True
+        except Exception:
+            log.exception("cannot announce this node")
         else:
             self._silent = False
 

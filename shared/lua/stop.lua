@@ -1,4 +1,5 @@
--- Ask a batch to stop. ARGV: id, reason -> 'missing', the terminal state it is in, or 'ok'.
+-- Ask a batch to stop. ARGV: id, reason -> 'missing', the terminal state it is in,
+-- 'late' if its results are being written already, or 'ok'.
 local id, reason = ARGV[1], ARGV[2]
 local state = field(id, 'state')
 if not state then return 'missing' end
@@ -11,4 +12,5 @@ if not field(id, 'stop_reason') and state ~= 'finalizing' then
 end
 redis.call('ZREM', P .. 'deadlines', id)
 settle(id)
+if state == 'finalizing' and not field(id, 'stop_reason') then return 'late' end
 return 'ok'

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from shared.chat import parse_chat_request
-from shared.errors import ImageNotFound, InvalidValue
+from shared.errors import ImageNotFound, ImageTooLarge, InvalidValue
 from shared.models import ModelDefaults
+from shared.settings import ImageSettings
 from workers.inference.engines.base import Image, Prompt
 from workers.inference.prompts import build_prompt
 
+LIMITS = ImageSettings(max_per_request=2, max_request_bytes=1000)
 DEFAULTS = ModelDefaults(max_tokens=10, temperature=0.5, top_p=0.6, top_k=7)
 
 
@@ -26,7 +28,7 @@ def read(url: str, detail: str) -> Image:
 def build(messages: list[dict[str, Any]], **fields: Any) -> Prompt:
     """The prompt of a request."""
     body = json.dumps({"model": "m", "messages": messages, **fields}).encode()
-    return build_prompt(5, parse_chat_request(body), DEFAULTS, read, max_images=2)
+    return build_prompt(5, parse_chat_request(body), DEFAULTS, read, limits=LIMITS)
 
 
 def part(url: str, **fields: str) -> dict[str, Any]:
@@ -94,3 +96,11 @@ def test_too_many_images_are_refused() -> None:
     with pytest.raises(InvalidValue) as refused:
         build([user(part("a"), part("b")), user(part("c"))])
     assert refused.value.param == "messages"
+
+
+def test_images_that_are_too_large_together_are_refused_at_the_one_too_many() -> None:
+    """Each alone would do."""
+    half = "x" * 600
+    with pytest.raises(ImageTooLarge) as refused:
+        build([user(part(half), part(half))])
+    assert refused.value.param == "messages[0].content[1].image_url.url"

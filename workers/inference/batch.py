@@ -199,7 +199,7 @@ class ChunkRun:
                 item.request.body,
                 defaults,
                 self._read_image,
-                max_images=self._settings.images.max_per_request,
+                limits=self._settings.images,
             )
         except InvalidRequest as error:
             self._fail(item.line, item.request.custom_id, error)

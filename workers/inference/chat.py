@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Literal
 
-from shared.chat import parse_chat_request
+from shared.chat import ChatRequest, parse_chat_request
 from shared.chats import ChatDesk, ChatEvent, ChatJob
 from shared.errors import EngineUnavailable, RequestAborted, RequestTimedOut, VlmqError
 from shared.log import get_logger
@@ -18,12 +18,15 @@ from shared.settings import Settings
 from shared.stores import Stores
 from workers.inference.engines.base import Delta, Prompt
 from workers.inference.engines.client import EngineClient, StreamHandle
+from workers.inference.image_room import ImageRoom
 from workers.inference.prompts import build_prompt
 from workers.inference.uploads import OwnedImages
 
 log = get_logger(__name__)
 
 _BEAT_S = 2.0
+HELD_IMAGE_BYTES = 512 * 1024 * 1024
+IMAGE_READERS = 8
 
 
 class ChatWorker:
@@ -35,6 +38,7 @@ class ChatWorker:
         self._stores = Stores.connect(settings)
         self._desk = ChatDesk(self._stores.redis)
         self._images = OwnedImages(settings.images, self._stores)
+        self._room = ImageRoom(HELD_IMAGE_BYTES, readers=IMAGE_READERS)
         self._clients: dict[str, EngineClient] = {}
         self._open: dict[str, _Answer] = {}
         self._lock = threading.Lock()
@@ -58,8 +62,7 @@ class ChatWorker:
             self._open[job.id] = answer
         try:
             answer.say("claimed", self._name)
-            prompt = self._prompt(job)
-            answer.follow(self._client(job.model), prompt)
+            self._answer(answer, job)
         except VlmqError as error:
             answer.fail(error)
         except Exception:
@@ -92,8 +95,18 @@ class ChatWorker:
         for client in self._clients.values():
             client.close()
 
-    def _prompt(self, job: ChatJob) -> Prompt:
+    def _answer(self, answer: _Answer, job: ChatJob) -> None:
         request = parse_chat_request(job.body)
+        client = self._client(job.model)
+        if not request.has_images:
+            answer.follow(client, self._prompt(job, request))
+            return
+        with self._room.reading(job.deadline):
+            prompt = self._prompt(job, request)
+        with self._room.holding(sum(len(image.data) for image in prompt.images)):
+            answer.follow(client, prompt)
+
+    def _prompt(self, job: ChatJob, request: ChatRequest) -> Prompt:
         with self._lock:
             self._last_id += 1
             prompt_id = self._last_id
@@ -103,7 +116,7 @@ class ChatWorker:
             request,
             self._stores.models.get(job.model).defaults,
             self._images.reader(job.owner),
-            max_images=self._settings.images.max_per_request,
+            limits=self._settings.images,
         )
 
     def _client(self, model: str) -> EngineClient:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Literal, TypeVar
 
 from shared.chat import ChatRequest, ImagePart, Message
-from shared.errors import ImageError, InvalidValue
+from shared.errors import ImageError, ImageTooLarge, InvalidValue
 from shared.models import ModelDefaults
+from shared.settings import ImageSettings
 from workers.inference.engines.base import Image, Prompt, Sampling, Turn
 
 N = TypeVar("N", int, float)
@@ -22,7 +23,7 @@ def build_prompt(
     defaults: ModelDefaults,
     read_image: ReadImage,
     *,
-    max_images: int,
+    limits: ImageSettings,
 ) -> Prompt:
     """Make the prompt of a request.
 
@@ -30,14 +31,18 @@ def build_prompt(
     """
     images: list[Image] = []
     turns = [
-        _turn(message, f"messages[{index}]", images, read_image, max_images)
+        _turn(message, f"messages[{index}]", images, read_image, limits)
         for index, message in enumerate(request.messages)
     ]
     return Prompt(prompt_id, turns, _sampling(request, defaults), images)
 
 
 def _turn(
-    message: Message, where: str, images: list[Image], read_image: ReadImage, max_images: int
+    message: Message,
+    where: str,
+    images: list[Image],
+    read_image: ReadImage,
+    limits: ImageSettings,
 ) -> Turn:
     role: Literal["system", "user", "assistant"] = (
         "system" if message.role == "developer" else message.role
@@ -49,12 +54,18 @@ def _turn(
         if not isinstance(part, ImagePart):
             parts.append(part.text)
             continue
-        if len(images) >= max_images:
+        if len(images) >= limits.max_per_request:
             raise InvalidValue(
-                f"a request may hold {max_images} images; this one has more", param="messages"
+                f"a request may hold {limits.max_per_request} images; this one has more",
+                param="messages",
             )
         try:
             images.append(read_image(part.image_url.url, part.image_url.detail))
+            if sum(len(image.data) for image in images) > limits.max_request_bytes:
+                raise ImageTooLarge(
+                    f"the images of this request are larger than {limits.max_request_bytes} "
+                    "bytes together"
+                )
         except ImageError as error:
             error.param = f"{where}.content[{index}].image_url.url"
             raise
