@@ -125,7 +125,7 @@ def test_a_broken_line_is_named_by_its_number(node: RunningNode, tmp_path: Path)
     path = lines(tmp_path, ["fine"])
     path.write_text(path.read_text() + "{broken\n")
     _, err = vlmq(node, "batch", "submit", str(path), "--watch")
-    assert "line 2:" in err
+    assert "line 2 is not valid JSON" in err
     assert "done: 1/2 (1 failed)" in err
 
 
