@@ -8,10 +8,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.contract.hosts import HostProcess
@@ -42,6 +43,16 @@ class Kind:
         """A new engine, not set up."""
         return find_engine(self.engine)(self.spec)
 
+    def host_settings(self) -> dict[str, Any]:
+        """What an engine process of this kind is started with."""
+        given = msgspec.structs.asdict(self.spec)
+        wanted = ("path", "session_len", "trust_remote_code")
+        return {
+            "engine": self.engine,
+            "spec": {name: given[name] for name in wanted},
+            "options": dict(self.spec.options),
+        }
+
 
 WORDS = " ".join(f"word{number}" for number in range(300))
 
@@ -65,11 +76,37 @@ KINDS = [
         lasting="what is in this image",
         reads_images=True,
     ),
+    *[
+        Kind(
+            f"lmdeploy {backend}",
+            "lmdeploy",
+            EngineSpec(
+                "m",
+                session_len=SESSION_LEN,
+                trust_remote_code=True,
+                # Two engines fit on one GPU, for the test that closes one of its own.
+                options={"backend": backend, "cache_max_entry_count": 0.2},
+            ),
+            lasting="what is in this image",
+            reads_images=True,
+        )
+        for backend in ("turbomind", "pytorch")
+    ],
 ]
+
+
+def has_gpu() -> bool:
+    """Whether torch is there and sees a GPU."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    torch = importlib.import_module("torch")
+    return bool(torch.cuda.is_available())
 
 
 def needs(kind: Kind) -> None:
     """Skip where an engine's libraries or model are not there; in CI that is a failure."""
+    if kind.engine == "lmdeploy" and not has_gpu():
+        pytest.skip("no GPU")
     if kind.engine != "transformers":
         return
     missing = ""
@@ -83,11 +120,24 @@ def needs(kind: Kind) -> None:
         pytest.skip(missing)
 
 
+@pytest.fixture(scope="session")
+def walking_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model for a GPU whose greedy answers do not hang on rounding."""
+    from tests.gpu.walking_model import write_walking
+
+    folder = tmp_path_factory.mktemp("models") / "walking"
+    write_walking(folder, with_code=True)
+    return str(folder)
+
+
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.name)
 def kind(request: pytest.FixtureRequest) -> Kind:
     """Each engine in turn."""
     chosen: Kind = request.param
     needs(chosen)
+    if chosen.engine == "lmdeploy":
+        path = request.getfixturevalue("walking_model")
+        return replace(chosen, spec=msgspec.structs.replace(chosen.spec, path=path))
     return chosen
 
 

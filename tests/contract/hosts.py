@@ -20,6 +20,8 @@ M = TypeVar("M", bound=wire.FromHost)
 
 MODEL = "demo/model"
 PATIENCE_S = 30.0
+LOADING_S = 110.0
+"""How long a model may take to load; one on a GPU takes about a minute."""
 
 
 def ask(text: str, prompt_id: int = 1, **sampling: Any) -> Prompt:
@@ -27,9 +29,9 @@ def ask(text: str, prompt_id: int = 1, **sampling: Any) -> Prompt:
     return Prompt(prompt_id, [Turn("user", [text])], Sampling(**sampling))
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
+def wait_for(condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
     """Poll until ``condition`` holds; fail the test after a long while."""
-    deadline_s = time.monotonic() + PATIENCE_S
+    deadline_s = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline_s, f"waited in vain for {what}"
         time.sleep(0.01)
@@ -69,7 +71,7 @@ class HostProcess:
 
     def until_ready(self) -> HostProcess:
         """Wait for this process to accept connections on its socket, not for a stale file."""
-        wait_for(self._answers, "the engine process to get ready")
+        wait_for(self._answers, "the engine process to get ready", LOADING_S)
         return self
 
     def kill(self) -> None:

@@ -71,11 +71,7 @@ def test_whole_answers_come_back_through_the_process(
     kind: Kind, run_dir: Path, start_host: StartHost
 ) -> None:
     """Every engine: prompts in, one completion or error per id out."""
-    start_host(
-        engine=kind.engine,
-        spec={"path": kind.spec.path, "session_len": SESSION_LEN},
-        options=dict(kind.spec.options),
-    )
+    start_host(**kind.host_settings())
     prompts = [ask(f"a circle {i}", i, max_tokens=6) for i in range(40)]
     prompts.append(ask("word " * SESSION_LEN * 2, 40))
     with Flight(run_dir, MODEL) as flight:
@@ -90,11 +86,7 @@ def test_a_stream_delivers_deltas_then_ends_once(
     kind: Kind, run_dir: Path, start_host: StartHost
 ) -> None:
     """Every engine: the last delta has the reason, and the end comes after it."""
-    start_host(
-        engine=kind.engine,
-        spec={"path": kind.spec.path, "session_len": SESSION_LEN},
-        options=dict(kind.spec.options),
-    )
+    start_host(**kind.host_settings())
     client = EngineClient(run_dir, MODEL)
     stream = Stream(client, "a red circle beside a green square")
     assert stream.result() is None

@@ -45,6 +45,7 @@ log = get_logger(__name__)
 
 ENGINES = {
     "echo": "workers.inference.engines.echo:EchoEngine",
+    "lmdeploy": "workers.inference.engines.lmdeploy_engine:LmdeployEngine",
     "transformers": "workers.inference.engines.transformers_engine:TransformersEngine",
 }
 """Short names; an engine of one's own is named ``module:Class``."""

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -336,7 +337,9 @@ class LmdeployEngine:
         self._options = read_options(spec.options)
         self._loaded: _Loaded | None = None
         self._flights: set[_Flight] = set()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        # These two belong to lmdeploy's loop.
+        self._working: set[_Flight] = set()
+        self._aborting: set[asyncio.Task[None]] = set()
         self._outbox: _Outbox | None = None
         self._monitor: asyncio.Task[None] | None = None
         self._health = Health(False, "not set up")
@@ -450,13 +453,18 @@ class LmdeployEngine:
     def _launch(self, flights: Sequence[_Flight], loaded: _Loaded) -> None:
         for flight in flights:
             if not flight.ended:
-                flight.task = self._spawn(self._serve(flight, loaded))
+                self._working.add(flight)
+                flight.task = loaded.loop.create_task(self._serve(flight, loaded))
+                # Not in the task itself: cancelled before its first step, it would not get there.
+                flight.task.add_done_callback(partial(self._done, flight))
 
-    def _spawn(self, work: Any) -> asyncio.Task[Any]:
-        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def _done(self, flight: _Flight, _: asyncio.Task[None]) -> None:
+        self._working.discard(flight)
+
+    def _abort_in_engine(self, flight: _Flight) -> None:
+        task = asyncio.get_running_loop().create_task(flight.session.async_abort())
+        self._aborting.add(task)
+        task.add_done_callback(self._aborting.discard)
 
     def _let_go(self, flight: _Flight) -> None:
         """Stop a request where it is: in lmdeploy's engine, or before it."""
@@ -465,18 +473,16 @@ class LmdeployEngine:
         # Its session has a handle exactly while the engine works on it, and only then can the
         # engine be told; cancelling the task there would only wait for the same.
         if flight.session is not None and flight.session._handle is not None:  # noqa: SLF001
-            self._spawn(flight.session.async_abort())
+            self._abort_in_engine(flight)
         else:
             flight.task.cancel()
 
     async def _drain(self) -> None:
         """Stop every request and wait until lmdeploy has let go of them."""
-        for flight in list(self._flights):
+        tasks = [flight.task for flight in self._working if flight.task is not None]
+        for flight in list(self._working):
             self._let_go(flight)
-        mine = asyncio.current_task()
-        await asyncio.gather(
-            *[task for task in self._tasks if task is not mine], return_exceptions=True
-        )
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, flight: _Flight, loaded: _Loaded) -> None:
         assert self._outbox is not None
@@ -626,6 +632,7 @@ def _load(spec: EngineSpec, options: Options) -> _Loaded:
     _import_lmdeploy()
     _check_gpus(options)
     check_remote_code(Path(spec.path), trusted=spec.trust_remote_code, known=_in_transformers)
+    _describe_internvl(Path(spec.path))
     complaints = _Complaints()
     logger = logging.getLogger("lmdeploy")
     logger.addHandler(complaints)
@@ -697,6 +704,24 @@ def _in_transformers(model_type: str) -> bool:
     from transformers import CONFIG_MAPPING
 
     return model_type in CONFIG_MAPPING
+
+
+def _describe_internvl(folder: Path) -> None:
+    """Let transformers read the config of an InternVL2 that comes without code of its own.
+
+    lmdeploy has the network, but takes the config's classes from the checkpoint's code.
+    """
+    config = read_description(folder / "config.json")
+    if config.get("model_type") != "internvl_chat" or config.get("auto_map"):
+        return
+    from lmdeploy.pytorch import envs
+    from transformers import AutoConfig
+
+    from workers.inference.internvl.configuration_internvl_chat import InternVLChatConfig
+
+    AutoConfig.register("internvl_chat", InternVLChatConfig, exist_ok=True)
+    # The PyTorch engine's checks run in a new process, which does not know these classes.
+    envs.enable_check_env = False
 
 
 def _start_pipeline(spec: EngineSpec, options: Options, path: str) -> _Loaded:
