@@ -25,6 +25,7 @@ from shared.storage import (
     require_space,
     storage_errors,
     sync_folder,
+    write_all,
     write_json,
 )
 
@@ -219,9 +220,7 @@ class FileWriter:
             self._next_check = self._bytes + _CHECK_SPACE_EVERY_BYTES
         self._digest.update(data)
         with storage_errors(self._folder):
-            rest = memoryview(data)
-            while rest:
-                rest = rest[self._stream.write(rest) :]  # a nearly full disk takes a part
+            write_all(self._stream, data)
 
     def commit(self) -> FileRecord:
         """Make the file durable and list it. Raises: StorageFull, QueueUnavailable."""

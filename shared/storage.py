@@ -87,6 +87,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
+def write_all(stream: BinaryIO, data: bytes) -> None:
+    """Write all of ``data`` to an unbuffered stream; a nearly full disk takes a part at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[stream.write(rest) :]
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path``, whole and durable."""
     with atomic_file(path) as stream:

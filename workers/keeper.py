@@ -35,7 +35,6 @@ class Keeper:
         self._lease: Lease | None = None
         self._lost = False
         self._stop_reason: StopReason | None = None
-        self._changed = threading.Event()
         self._thread: threading.Thread | None = None
 
     @contextmanager
@@ -65,7 +64,7 @@ class Keeper:
     def _run(self) -> None:
         pause_s = self._renew_s
         while True:
-            self._changed.wait(pause_s)
+            time.sleep(pause_s)
             with self._lock:
                 lease = self._lease
             pause_s = self._renew_s if lease is None or self._renew(lease) else _RETRY_S

@@ -11,15 +11,15 @@ from shared.queue import BATCH_TASK, CHAT_TASK
 
 def register_batch_task(app: Celery, run_slice: Callable[[str], None]) -> None:
     """A batch ticket: work on a lane for a slice of time."""
-    app.task(run_slice_task(run_slice), name=BATCH_TASK, ignore_result=True)
+    app.task(_plain_task(run_slice), name=BATCH_TASK, ignore_result=True)
 
 
 def register_chat_task(app: Celery, run: Callable[[str], None]) -> None:
     """A chat ticket: answer the request it names."""
-    app.task(run_slice_task(run), name=CHAT_TASK, ignore_result=True)
+    app.task(_plain_task(run), name=CHAT_TASK, ignore_result=True)
 
 
-def run_slice_task(run: Callable[[str], None]) -> Callable[[str], None]:
+def _plain_task(run: Callable[[str], None]) -> Callable[[str], None]:
     """A plain function for Celery to wrap, whatever callable it was given."""
 
     def task(argument: str) -> None:

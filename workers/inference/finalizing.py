@@ -22,7 +22,7 @@ from shared.jobs import BatchSpec, BatchState, StopReason
 from shared.leases import Lease
 from shared.manifest import Chunk, Manifest
 from shared.shards import copy_errors, copy_output, read_header, shard_path
-from shared.storage import Layout, atomic_file, remove_tree, storage_errors
+from shared.storage import Layout, atomic_file, remove_tree, storage_errors, write_all
 from workers.inference.batch_lines import error_line, item_id, read_chunk, split_lines
 from workers.keeper import until_answered
 
@@ -137,9 +137,7 @@ class _Join:
             error_line(item_id(self._spec.id, line.number), line.custom_id(), error, in_batch=True)
             for line in split_lines(data, chunk.first_line)
         ]
-        rest = memoryview(b"".join(lines))
-        while rest:
-            rest = rest[target.write(rest) :]  # a nearly full disk takes a part
+        write_all(target, b"".join(lines))
         return len(lines)
 
 
