@@ -108,6 +108,9 @@ class ImageSettings(_Section):
     allow_private_hosts: tuple[str, ...] = ()
     """Hosts on private networks that images may be fetched from, such as an image server's."""
     fetch_timeout_s: Seconds = 15
+    scaling: Literal["fast", "exact", "engine"] = "fast"
+    """How images become a model's tiles: JPEGs decoded at reduced size, every pixel decoded as in
+    the model's published preprocessing, or left to the engine."""
     max_redirects: Annotated[int, Field(ge=0)] = 3
 
 
