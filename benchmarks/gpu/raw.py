@@ -78,8 +78,14 @@ class RawPipeline:
     def run(self, order: Order, limit_s: float) -> Report:
         """Do one thing."""
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(order) + b"\n")
-        return self._report(limit_s)
+        try:
+            self._process.stdin.write(msgspec.json.encode(order) + b"\n")
+            return self._report(limit_s)
+        except BrokenPipeError:
+            raise RawFailed("raw lmdeploy has ended") from None
+        except TimeoutError:
+            self.close()  # a late answer would be taken for the next order's
+            raise
 
     def close(self) -> None:
         """End the process and its children; nothing of them is needed any more."""

@@ -8,17 +8,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import msgspec
 
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.results import Results, figures
 from benchmarks.gpu.scale import GpuScale
 from benchmarks.gpu.work import WORKS
-from benchmarks.report import Figure, write_json
+from benchmarks.report import Figure, table, write_json
+from shared.errors import QueueUnavailable
 from workers.inference.internvl.config import ModelConfig
 from workers.inference.internvl.preprocess import tile_count
 
-_FAILURES = (AssertionError, TimeoutError, subprocess.SubprocessError)
+_FAILURES = (
+    AssertionError,
+    TimeoutError,
+    subprocess.SubprocessError,
+    httpx.HTTPError,
+    QueueUnavailable,
+)
 """What a step that did not work raises; anything else is a fault of the benchmark."""
 
 
@@ -87,3 +95,17 @@ class Session:
     def save(self) -> None:
         """Write what there is so far."""
         write_json(self.out, self.figures(), self.about, measured=msgspec.to_builtins(self.results))
+
+    def conclude(self) -> int:
+        """Write everything, show the table, and give the exit status."""
+        self.save()
+        found = self.figures()
+        print(table(found))
+        print("\n" + ", ".join(f"{key} {value}" for key, value in self.about.items()))
+        for note in self.results.notes:
+            print(f"note: {note}")
+        if self.results.dry:
+            print(
+                "DRY RUN with the echo engine: no model and no GPU; the speeds say nothing of them"
+            )
+        return int(self.failed or any(figure.passed is False for figure in found))
