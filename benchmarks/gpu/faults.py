@@ -62,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for case in args.only or CASES:
                 CASES[case](session, session.backends[0])
     except BudgetSpent:
-        results.notes.append("the time was up before everything was tried")
+        results.incomplete("the time was up before everything was tried")
     except Terminated:
-        results.notes.append("ended from outside before everything was tried")
+        results.incomplete("ended from outside before everything was tried")
     except VlmqError as error:
         print(error.message, file=sys.stderr)
         return 2

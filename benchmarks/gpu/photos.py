@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 _QUALITY = 85
@@ -67,7 +68,7 @@ def _write(kind: Kind, path: Path, seed: int) -> None:
     picture(kind, seed).save(path, "JPEG", quality=_QUALITY)
 
 
-def _soft(random: np.random.Generator, kind: Kind, cells: int) -> np.ndarray:
+def _soft(random: np.random.Generator, kind: Kind, cells: int) -> NDArray[np.float32]:
     """Soft blobs in three colours, of deviation about 1: ``[height, width, 3]``."""
     across = max(1, cells * kind.width // kind.height)
     coarse = random.normal(size=(cells, across, 3)).astype(np.float32)
@@ -79,8 +80,8 @@ def _soft(random: np.random.Generator, kind: Kind, cells: int) -> np.ndarray:
     return np.stack([np.asarray(layer) for layer in layers], axis=-1)
 
 
-def _grain(random: np.random.Generator, kind: Kind) -> np.ndarray:
+def _grain(random: np.random.Generator, kind: Kind) -> NDArray[np.float32]:
     """Grey noise, stronger in some regions than in others: ``[height, width]``."""
     noise = random.standard_normal((kind.height, kind.width), dtype=np.float32)
     where = 0.5 + np.abs(_soft(random, kind, 8)[..., 0])
-    return kind.grain * noise * where
+    return (kind.grain * noise * where).astype(np.float32)

@@ -90,13 +90,23 @@ class Results(msgspec.Struct):
     """What became of things that were broken on purpose."""
     notes: list[str] = []
     """What was left out or went wrong."""
+    failed: bool = False
+    """Whether something that was asked for could not be measured."""
+
+    def incomplete(self, why: str) -> None:
+        """Something is missing, and why."""
+        self.failed = True
+        self.notes.append(why)
 
 
 def figures(results: Results, model: ModelConfig | None) -> list[Figure]:
     """All figures, in the order of the table. ``model`` is what the FLOPs are counted of."""
-    backends = dict.fromkeys(
-        entry.backend for entry in [*results.loads, *results.throughputs, *results.first_tokens]
-    )
+    entries: list[Load | Throughput | FirstTokens] = [
+        *results.loads,
+        *results.throughputs,
+        *results.first_tokens,
+    ]
+    backends = dict.fromkeys(entry.backend for entry in entries)
     found: list[Figure] = []
     if results.tflops:
         found.append(Figure("gpu", "bf16 matrix product", results.tflops, "TFLOP/s"))

@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prepare(session)
             _measure(session, args.raw_rounds)
     except BudgetSpent:
-        results.notes.append("the time was up before everything was measured")
+        results.incomplete("the time was up before everything was measured")
     except Terminated:
-        results.notes.append("ended from outside before everything was measured")
+        results.incomplete("ended from outside before everything was measured")
     except VlmqError as error:
         print(error.message, file=sys.stderr)
         return 2

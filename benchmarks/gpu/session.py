@@ -47,7 +47,6 @@ class Session:
     checkpoint: Path | None = None
     model: ModelConfig | None = None
     photos: dict[str, list[Path]] = field(default_factory=dict)
-    failed: bool = False
 
     @property
     def photo_folder(self) -> Path:
@@ -83,7 +82,7 @@ class Session:
         try:
             yield
         except _FAILURES as error:
-            self.failed = True
+            self.results.failed = True
             self.note(f"{name} FAILED: {type(error).__name__}: {error}")
         finally:
             self.save()
@@ -108,4 +107,4 @@ class Session:
             print(
                 "DRY RUN with the echo engine: no model and no GPU; the speeds say nothing of them"
             )
-        return int(self.failed or any(figure.passed is False for figure in found))
+        return int(self.results.failed or any(figure.passed is False for figure in found))
