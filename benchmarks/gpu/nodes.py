@@ -13,6 +13,8 @@ from shared.presence import ReplicaReport
 from tests.running_node import RunningNode, running_node
 
 _POLL_S = 0.2
+_MOST_DEATHS = 2
+"""An engine that died so often while it loaded will not be ready."""
 
 
 class EnginesFailed(AssertionError):
@@ -64,8 +66,9 @@ def _all_ready(node: RunningNode) -> bool:
 
 def _fail_if_given_up(node: RunningNode) -> None:
     try:
-        failed = [replica for replica in replicas(node) if replica.state == "failed"]
+        found = replicas(node)
     except QueueUnavailable:
         return  # its Redis is still starting; the limit of time holds
-    if failed:
-        raise EnginesFailed(f"{failed[0].detail}\n{node.story()}")
+    for replica in found:
+        if replica.state == "failed" or replica.restarts >= _MOST_DEATHS:
+            raise EnginesFailed(f"{replica.state}: {replica.detail}\n{node.story()}")
