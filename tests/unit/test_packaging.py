@@ -52,6 +52,17 @@ def test_a_consumer_leaves_flask_alone() -> None:
     assert imported_after("import workers.consumer") & {"flask", "gunicorn"} == set()
 
 
+def test_redis_is_reached_in_one_way() -> None:
+    """``connect(settings)``: whoever took ``redis_url`` himself would miss the password's file."""
+    takers = {
+        str(path.relative_to(ROOT))
+        for package in ("api", "workers", "shared", "cli")
+        for path in (ROOT / package).rglob("*.py")
+        if "redis_url" in path.read_text()
+    }
+    assert takers == {"shared/connection.py", "shared/settings.py"}
+
+
 def test_the_import_rules_hold() -> None:
     """import-linter finds every contract of pyproject.toml kept."""
     program = Path(sys.executable).parent / "lint-imports"
