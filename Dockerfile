@@ -48,10 +48,10 @@ RUN uv pip install --no-deps .
 
 FROM environment AS cpu-environment
 COPY locks/cpu.txt locks/
-# First and alone, from the index of builds without CUDA, which are several gigabytes smaller.
+# First and alone, from the index of builds without CUDA, which are several gigabytes smaller; what
+# it needs comes with the rest.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN uv pip install --index-url "${TORCH_INDEX}" --extra-index-url https://pypi.org/simple \
-        "$(grep '^torch==' locks/cpu.txt)"
+RUN uv pip install --no-deps --index-url "${TORCH_INDEX}" "$(grep '^torch==' locks/cpu.txt)"
 RUN uv pip install --requirements pyproject.toml --extra api --extra cpu \
         --constraints locks/cpu.txt
 COPY . .
