@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import redis
 from redis.client import Pipeline
@@ -113,7 +113,9 @@ def server_of(settings: Settings) -> tuple[str, PasswordFile | None]:
     password = PasswordFile(path.expanduser().absolute(), username)
     # Said by whoever starts, instead of by every request later.
     password.get_credentials()
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])), password
+    # Not urlunsplit, which makes unix:/path of unix:///path.
+    named, at, _ = parts.netloc.rpartition("@")
+    return settings.redis_url.replace(named + at, "", 1), password
 
 
 def connect(settings: Settings, *, max_connections: int = 1024) -> Connection:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.connection import connect
+from shared.connection import connect, server_of
 from shared.errors import ConfigurationError, QueueUnavailable
 from shared.queue import CONTROL_QUEUE
 from shared.settings import Settings, load_settings, snapshot
@@ -92,6 +92,27 @@ def test_the_password_is_in_no_setting(locked_valkey: LockedValkey, tmp_path: Pa
             repr(stores.redis.connection_pool),
         )
     assert PASSWORD not in "".join(shown)
+
+
+@pytest.mark.parametrize(
+    ("url", "bare", "credentials"),
+    [
+        ("redis://host:1/0", "redis://host:1/0", ("word",)),
+        ("rediss://ann@host:1/0?a=b", "rediss://host:1/0?a=b", ("ann", "word")),
+        ("unix:///run/redis.sock?db=1", "unix:///run/redis.sock?db=1", ("word",)),
+        ("unix://ann@/run/redis.sock", "unix:///run/redis.sock", ("ann", "word")),
+    ],
+)
+def test_the_name_goes_with_the_password(
+    tmp_path: Path, url: str, bare: str, credentials: tuple[str, ...]
+) -> None:
+    """And the rest of the URL stays as it is."""
+    (tmp_path / "password").write_text("word\n")
+    settings = load_settings(redis={"url": url, "password_file": str(tmp_path / "password")})
+    found, password = server_of(settings)
+    assert found == bare
+    assert password is not None
+    assert password.get_credentials() == credentials
 
 
 @pytest.mark.parametrize(
