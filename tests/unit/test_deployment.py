@@ -240,6 +240,8 @@ def test_prometheus_and_grafana_point_at_each_other() -> None:
     key = config["scrape_configs"][0]["authorization"]["credentials_file"]
     assert key.removeprefix("/run/secrets/") in SERVICES["prometheus"]["secrets"]
     assert SERVICES[service]["ports"][0].endswith(f":{port}")
+    assert "./deploy:/etc/prometheus/vlmq:ro" in SERVICES["prometheus"]["volumes"]
+    assert "--config.file=/etc/prometheus/vlmq/prometheus.yml" in SERVICES["prometheus"]["command"]
     provisioning = DEPLOY / "grafana" / "provisioning"
     [source] = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())[
         "datasources"
