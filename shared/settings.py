@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -50,8 +51,23 @@ class RedisSettings(_Section):
     """Which Redis. Without ``url`` an embedded Valkey is started by ``vlmq up``."""
 
     url: str | None = None
+    password_file: Path | None = None
+    """The file that holds the password of ``url``; read again for every connection."""
     server: str | None = None
     """The server program for the embedded Redis; found by itself when not set."""
+
+    @model_validator(mode="after")
+    def _one_password(self) -> RedisSettings:
+        if self.password_file is None:
+            return self
+        if self.url is None:
+            raise ValueError(
+                "password_file needs url: the embedded Valkey has no password, only a socket "
+                "that nobody else can open"
+            )
+        if urlsplit(self.url).password is not None:
+            raise ValueError("give the password in url or in password_file, not in both")
+        return self
 
 
 class ApiSettings(_Section):
