@@ -46,7 +46,7 @@ def main() -> None:
         tflops=tflops,
         parameters=parameters,
         model_s=time.monotonic() - began,
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
     )
     sys.stdout.write(msgspec.json.encode(machine).decode() + "\n")
 

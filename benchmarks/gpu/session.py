@@ -18,7 +18,8 @@ from benchmarks.gpu.work import WORKS
 from benchmarks.report import Figure, table, write_json
 from shared.errors import QueueUnavailable
 from workers.inference.internvl.config import ModelConfig
-from workers.inference.internvl.preprocess import tile_count
+from workers.inference.internvl.preprocess import tiling_of
+from workers.inference.tiling import tile_count
 
 _FAILURES = (
     AssertionError,
@@ -68,7 +69,7 @@ class Session:
         work = WORKS[row]
         if self.model is None:
             return 1
-        return tile_count(work.kind.width, work.kind.height, self.model, work.detail)
+        return tile_count(work.kind.width, work.kind.height, tiling_of(self.model), work.detail)
 
     def note(self, text: str) -> None:
         """Say what was left out, now and in the results."""

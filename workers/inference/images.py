@@ -163,7 +163,9 @@ class _Tiles(_Use[tuple[bytes, int, int]]):
         return cut(picture, self._grid, self._tiling), *self._size
 
 
-def _decoded(data: bytes, settings: ImageSettings, room: DecodeRoom | None, use: _Use[T_co]) -> T_co:
+def _decoded(
+    data: bytes, settings: ImageSettings, room: DecodeRoom | None, use: _Use[T_co]
+) -> T_co:
     if len(data) > settings.max_bytes:
         raise ImageTooLarge(
             f"the image has {len(data):,} bytes, more than the {settings.max_bytes:,} this server "
