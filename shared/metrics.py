@@ -188,7 +188,10 @@ REPLICA_RESTARTS = Metric(
     ("node", "model", "replica"),
 )
 GPU_MEMORY_USED = Metric(
-    "vlmq_gpu_memory_used_bytes", "gauge", "GPU memory in use, by whomever", ("node", "gpu")
+    "vlmq_gpu_memory_used_bytes",
+    "gauge",
+    "GPU memory in use by whomever, with some hundred MB that the driver reserves",
+    ("node", "gpu"),
 )
 GPU_MEMORY_TOTAL = Metric(
     "vlmq_gpu_memory_total_bytes", "gauge", "GPU memory there is", ("node", "gpu")
