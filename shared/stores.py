@@ -55,7 +55,7 @@ class Stores:
     @classmethod
     def connect(cls, settings: Settings) -> Stores:
         """Stores on the configured Redis; the first command connects."""
-        return cls(settings, connect(settings.redis_url))
+        return cls(settings, connect(settings))
 
     def rebuild(self) -> RebuildReport:
         """Put back into Redis what shared storage holds and Redis lacks."""

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import NoReturn
 
 from shared.clock import unix_now
-from shared.connection import connect
+from shared.connection import connect, server_of
 from shared.errors import ConfigurationError, QueueUnavailable, StorageFailed, VlmqError
 from shared.ids import new_id
 from shared.keys import KeyStore
@@ -420,7 +420,7 @@ class Announcer:
     """
 
     def __init__(self, settings: Settings, report: Callable[[], NodeReport]) -> None:
-        self._redis = connect(settings.redis_url, max_connections=2)
+        self._redis = connect(settings, max_connections=2)
         self._presence = Presence(self._redis)
         self._node = settings.node.name
         self._report = report
@@ -495,7 +495,8 @@ def healthy(host: str, port: int) -> bool:
 
 
 def _require_redis(settings: Settings) -> None:
-    """Raise ConfigurationError if nothing says where Redis is."""
+    """Raise ConfigurationError if nothing says where Redis is, or its password cannot be read."""
+    server_of(settings)
     if settings.redis.url is not None or "redis" in settings.node.roles:
         return
     if not redis_server.answers(redis_server.socket_path(settings)):

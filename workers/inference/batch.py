@@ -161,6 +161,11 @@ class ChunkRun:
 
     def _ask(self, defaults: ModelDefaults) -> None:
         """Prepare items and keep the engines supplied with them."""
+        # How images are to be cut is said by the engines; without one there is nobody to ask yet.
+        while self._items and not self._flight.connected:
+            self._flight.look(_POLL_S)
+            self._keep_going()
+            self._require_engine()
         group: list[Prompt] = []
         group_bytes = 0
         journal = self._journal()
