@@ -28,6 +28,15 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
+class GpuReport(msgspec.Struct, frozen=True):
+    """One GPU of a machine. ``utilisation`` is from 0 to 1; None where the driver does not tell."""
+
+    index: int
+    memory_used_bytes: int
+    memory_total_bytes: int
+    utilisation: float | None = None
+
+
 class NodeReport(msgspec.Struct, frozen=True):
     """One machine. ``updated_at`` is in Unix seconds."""
 
@@ -36,6 +45,8 @@ class NodeReport(msgspec.Struct, frozen=True):
     replicas: list[ReplicaReport] = []
     programs: dict[str, str] = {}
     """Each program and its state, e.g. ``{"chat": "ready"}``."""
+    gpus: list[GpuReport] = []
+    """All GPUs that the driver knows, whoever uses them."""
 
 
 class Presence:

@@ -123,7 +123,12 @@ class Tickets:
 
     def waiting(self, queue: str) -> int:
         """How many tickets wait in ``queue``."""
-        return int(self._redis.llen(f"{KEY_PREFIX}{queue}"))
+        return int(self._redis.llen(self.key(queue)))
+
+    @staticmethod
+    def key(queue: str) -> str:
+        """The list in Redis that holds a queue's tickets."""
+        return f"{KEY_PREFIX}{queue}"
 
 
 def _broker_url(url: str) -> str:

@@ -84,6 +84,9 @@ class ApiSettings(_Section):
     request_timeout_s: Seconds = 600
     max_waiting_chats: Count = 2048
     """Chat requests that may wait or run at once; more get 429."""
+    metrics_readers: Literal["metrics", "owners", "anyone"] = "metrics"
+    """Who may read ``/metrics`` once there are API keys: the owner of that name, every key's owner,
+    or whoever reaches the server. Without keys it is this machine, as for everything."""
 
 
 class QueueSettings(_Section):

@@ -8,6 +8,7 @@ from shared.batches import BatchStore
 from shared.chats import ChatQueue
 from shared.connection import Connection, connect
 from shared.files import FileStore
+from shared.gauges import GaugeReader
 from shared.idempotency import IdempotencyStore
 from shared.keys import KeyStore
 from shared.leases import Leases
@@ -48,6 +49,7 @@ class Stores:
         self.chats = ChatQueue(
             client, self.tickets, self.presence, max_open=settings.api.max_waiting_chats
         )
+        self.gauges = GaugeReader(client, self.presence, self.tickets)
         self.idempotency = IdempotencyStore(client)
 
     @classmethod

@@ -34,6 +34,7 @@ from shared.presence import NodeReport, Presence, ReplicaReport, ReplicaState
 from shared.settings import ServeSettings, Settings, load_settings, snapshot, with_overrides
 from shared.storage import Layout, write_json
 from workers import redis_server
+from workers.gpus import GpuWatch
 from workers.inference.engines.wire import socket_path
 from workers.locks import exclusive
 from workers.logfiles import log_path, safe_name
@@ -124,6 +125,7 @@ class Node:
         self._hurry = False
         self._announcer: Announcer | None = None
         self._told_ready = False
+        self._gpus = GpuWatch()
 
     def run(self) -> int:
         """Start what the roles say, watch it until SIGTERM or SIGINT, stop it in order.
@@ -183,6 +185,7 @@ class Node:
         programs = Programs(settings, config)
         if "engines" in self._roles:
             self._start_engines(programs, registry)
+            self._gpus.start()
         for role in ("reaper", "batch", "chat", "api"):
             if role in self._roles:
                 self._start(role, programs.of_role(role))
@@ -264,6 +267,7 @@ class Node:
             updated_at=unix_now(),
             replicas=[replica.report() for replica in self._replicas],
             programs=programs,
+            gpus=self._gpus.latest(),
         )
 
     def _watch(self) -> None:

@@ -106,6 +106,7 @@ class ChunkRun:
         self._problems: list[BatchProblem] = []
         self._prompt_tokens = 0
         self._completion_tokens = 0
+        self._images = 0
         self._created = unix_now()
         self._heard_at = self._answered_at = time.monotonic()
 
@@ -303,6 +304,7 @@ class ChunkRun:
         name = item_id(self._lease.batch_id, number)
         self._prompt_tokens += answer.prompt_tokens
         self._completion_tokens += answer.completion_tokens
+        self._images += item.request.body.image_count
         body = completion_body(
             completion_id=f"chatcmpl-{name}",
             created=self._created,
@@ -334,6 +336,7 @@ class ChunkRun:
             failed=len(self._errors),
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
+            images=self._images,
         )
         path = shard_path(self._batch_dir, self._chunk.index, self._lease.token)
         write_shard(path, header, output, errors)
