@@ -25,6 +25,7 @@ import msgspec
 from PIL import Image as Pillow
 from PIL import ImageFile
 
+from shared.checkpoints import require_whole
 from shared.errors import (
     ConfigurationError,
     ContextLengthExceeded,
@@ -630,6 +631,7 @@ def _load(spec: EngineSpec, options: Options) -> _Loaded:
     if spec.path is None or not Path(spec.path).is_dir():
         raise EngineSetupFailed(f"there is no model folder {spec.path}; link the model by its path")
     _import_lmdeploy()
+    require_whole(Path(spec.path), pickles=spec.trust_remote_code)
     _check_gpus(options)
     check_remote_code(Path(spec.path), trusted=spec.trust_remote_code, known=_in_transformers)
     _describe_internvl(Path(spec.path))
