@@ -66,11 +66,16 @@ def check_checkpoint(folder: Path, *, pickles: bool = False) -> None:
 
     Raises: CheckpointInvalid naming the file and what is wrong with it.
     """
-    _check_config(folder / CONFIG)
+    check_description(folder)
     for file in weight_files(folder, pickles=pickles):
         if file.suffix == ".safetensors":
             read_header(file)
     _check_index(folder)
+
+
+def check_description(folder: Path) -> None:
+    """The part of :func:`check_checkpoint` that needs no weights. Raises: CheckpointInvalid."""
+    _check_config(folder / CONFIG)
     if not _has_tokenizer(folder):
         raise CheckpointInvalid(
             f"{folder} holds no tokenizer ({', '.join(_TOKENIZERS[:3])} or the like); copy the "

@@ -113,7 +113,9 @@ class ModelRegistry:
                 param="name",
             )
         if not replace and name in self._read_all():
-            raise InvalidValue(f"a model named '{name}' is linked already", param="name")
+            raise InvalidValue(
+                f"a model named '{name}' is linked already; --replace takes its place", param="name"
+            )
 
     def get(self, name: str) -> ModelRecord:
         """The model ``name``. Raises: ModelNotFound. May be a second old."""
