@@ -26,11 +26,12 @@ class CheckpointFolder:
     """
 
     def __init__(self, folder: Path, repo: str, revision: str | None) -> None:
-        self._folder, self._root, found = _find(folder.expanduser().absolute(), repo, revision)
-        files = list(self._files())
-        self.listing: Listing = checked_files(
-            repo, found or _content_revision(self._folder, files), files
-        )
+        with storage_errors(folder):
+            self._folder, self._root, found = _find(folder.expanduser().absolute(), repo, revision)
+            files = list(self._files())
+            self.listing: Listing = checked_files(
+                repo, found or _content_revision(self._folder, files), files
+            )
 
     def fetch(self, file: SourceFile, part: Path, arrived: Callable[[int], None]) -> None:
         """Make ``part`` another name of the file, or a copy where that cannot be."""
@@ -53,7 +54,7 @@ class CheckpointFolder:
         return sum(file.size for file in missing)
 
     def _files(self) -> Iterator[SourceFile]:
-        for place, folders, names in os.walk(self._folder):
+        for place, folders, names in os.walk(self._folder, onerror=_fail):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 path = Path(place, name)
@@ -74,6 +75,11 @@ class CheckpointFolder:
                     sha256=blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None,
                     git_sha1=blob if _COMMIT.fullmatch(blob) else None,
                 )
+
+
+def _fail(error: OSError) -> None:
+    """A folder that cannot be listed must not look empty."""
+    raise error
 
 
 def _find(folder: Path, repo: str, revision: str | None) -> tuple[Path, Path, str | None]:

@@ -18,6 +18,7 @@ from typing import Protocol
 from cli import chosen_files
 from cli.checkpoint_source import Source, SourceFile, has_content
 from cli.hub import Hub
+from cli.output import amount
 from shared.checkpoints import INDEX, check_checkpoint, check_description, indexed_names
 from shared.errors import CheckpointInvalid, InvalidValue, StorageFull
 from shared.models import ModelSource
@@ -192,8 +193,8 @@ def _require_room(
         available = shutil.disk_usage(staging).free
     if needed and available < needed + free:
         raise StorageFull(
-            f"{described.repo} needs {_gib(needed)} more, {_gib(free)} must stay free, and the "
-            f"disk has {_gib(available)}; free some space"
+            f"{described.repo} needs {amount(needed)} more, {amount(free)} must stay free, and the "
+            f"disk has {amount(available)}; free some space"
         )
 
 
@@ -248,7 +249,3 @@ def _present(path: Path) -> int:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

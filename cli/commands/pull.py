@@ -19,13 +19,13 @@ from cli.checkpoint_source import Source
 from cli.commands.models import read_defaults
 from cli.hub import Hub
 from cli.options import json_option, local_options, read_settings
-from cli.output import err, note, print_json
+from cli.output import amount, err, note, print_json
 from cli.pull import HubSource, Progress, Silent, is_complete, pull
 from shared.checkpoints import own_code, weights_bytes
 from shared.errors import InvalidValue
 from shared.models import ModelDefaults, ModelRegistry, ModelSource
 from shared.settings import Settings
-from shared.storage import Layout
+from shared.storage import Layout, storage_errors
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -164,7 +164,8 @@ def _pull(
         registry.require_free(wanted.name, replace=wanted.replace)
     fetched = False
     if not is_complete(final, described):
-        layout.checkpoints.mkdir(mode=0o700, exist_ok=True)
+        with storage_errors(layout.checkpoints):
+            layout.checkpoints.mkdir(mode=0o700, exist_ok=True)
         with _shown(progress) as shown:
             fetched = pull(
                 source(),
@@ -215,7 +216,7 @@ def _tell(pulled: _Pulled) -> None:
         note(f"{pulled.name} is linked to {pulled.path} already; nothing to do")
         return
     note(
-        f"linked {pulled.name} to {pulled.path} ({pulled.weights_bytes / 2**30:.2f} GiB of weights, "
+        f"linked {pulled.name} to {pulled.path} ({amount(pulled.weights_bytes)} of weights, "
         f"{pulled.source.revision}); a node serves it from its next start"
     )
     if pulled.own_code and not pulled.trust_remote_code:
@@ -229,7 +230,8 @@ def _token(file: Path | None) -> str | None:
     """The token in a file, never shown. ``None`` leaves the choice to the hub's library."""
     if file is None:
         return None
-    token = file.read_text(encoding="utf-8", errors="replace").strip()
+    with storage_errors(file):
+        token = file.read_text(encoding="utf-8", errors="replace").strip()
     if not _TOKEN.fullmatch(token):
         raise InvalidValue(f"{file} does not hold one token", param="token_file")
     return token
@@ -289,4 +291,4 @@ class _Lines:
 
     def _say(self, what: str) -> None:
         self._said = self._done
-        note(f"{self._done >> 20} of {self._total >> 20} MiB: {what}")
+        note(f"{amount(self._done)} of {amount(self._total)}: {what}")
