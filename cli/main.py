@@ -14,6 +14,7 @@ from cli.commands.doctor import doctor
 from cli.commands.keys import keys
 from cli.commands.models import models
 from cli.commands.node import up, worker
+from cli.commands.pull import pull_model
 from cli.commands.status import health, status
 from shared.errors import VlmqError
 
@@ -28,6 +29,7 @@ def vlmq() -> None:
 
 for command in (up, worker, chat, batch, models, status, health, keys, doctor):
     vlmq.add_command(command)
+models.add_command(pull_model)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -47,6 +47,13 @@ def note(text: str) -> None:
     err.print(Text(text))
 
 
+def amount(size_bytes: int) -> str:
+    """Bytes in the unit that suits them."""
+    if size_bytes >= 2**30:
+        return f"{size_bytes / 2**30:.2f} GiB"
+    return f"{size_bytes / 2**20:.2f} MiB"
+
+
 def when(unix_s: float | None) -> str:
     """A Unix time in the local time zone, or a dash."""
     if unix_s is None:

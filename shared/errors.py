@@ -85,6 +85,12 @@ class RemoteCodeRefused(InvalidRequest):
     code = "remote_code_refused"
 
 
+class CheckpointInvalid(InvalidRequest):
+    """The checkpoint is not whole; copy it anew."""
+
+    code = "checkpoint_invalid"
+
+
 class IdempotencyMismatch(InvalidRequest):
     """This Idempotency-Key was used before with another request."""
 
@@ -258,6 +264,19 @@ class BatchExpired(VlmqError):
     """The batch's completion window ended before this request ran."""
 
     code = "batch_expired"
+
+
+class HubRefused(VlmqError):
+    """The model hub has no such model, or does not let you have it."""
+
+    code = "hub_refused"
+
+
+class HubUnavailable(VlmqError):
+    """The model hub does not answer; what has arrived is kept, try again later."""
+
+    code = "hub_unavailable"
+    retryable = True
 
 
 # --- the ground gave way ----------------------------------------------------------------------

@@ -14,8 +14,9 @@ from urllib.parse import quote
 
 import msgspec
 
+from shared.checkpoints import CONFIG, check_checkpoint
 from shared.clock import unix_now
-from shared.errors import InvalidValue, ModelNotFound, StorageFailed
+from shared.errors import CheckpointInvalid, InvalidValue, ModelNotFound, StorageFailed
 from shared.storage import Layout, read_json, storage_errors, write_json
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
@@ -32,6 +33,18 @@ class ModelDefaults(msgspec.Struct, frozen=True):
     repetition_penalty: float = 1.0
 
 
+class ModelSource(msgspec.Struct, frozen=True):
+    """Where a pulled checkpoint came from: ``revision`` is the exact commit.
+
+    ``hub`` is the hub's address, or ``None`` for a folder that was carried here, whose revision
+    may be a digest of its content.
+    """
+
+    hub: str | None
+    repo: str
+    revision: str
+
+
 class ModelRecord(msgspec.Struct, frozen=True):
     """A linked model. ``path`` is its checkpoint's folder; ``visible_to`` one owner, or everyone.
 
@@ -46,6 +59,7 @@ class ModelRecord(msgspec.Struct, frozen=True):
     owned_by: str
     defaults: ModelDefaults = ModelDefaults()
     visible_to: str | None = None
+    source: ModelSource | None = None
 
 
 class ModelRegistry:
@@ -67,11 +81,31 @@ class ModelRegistry:
         owner: str = "vlmq",
         defaults: ModelDefaults = ModelDefaults(),  # noqa: B008 - frozen
         replace: bool = False,
+        source: ModelSource | None = None,
     ) -> ModelRecord:
         """Record a model under ``name``. ``path`` may be ``None`` for engines without weights.
 
-        Raises: InvalidValue naming what is wrong with the name or the folder.
+        Raises: InvalidValue, or CheckpointInvalid naming what is wrong with the folder.
         """
+        self.require_free(name, replace=replace)
+        if path is not None:
+            path = _checked_folder(path, engine, pickles=trust_remote_code)
+        record = ModelRecord(
+            name=name,
+            path=None if path is None else str(path),
+            engine=engine,
+            trust_remote_code=trust_remote_code,
+            created=unix_now(),
+            owned_by=owner,
+            defaults=defaults,
+            source=source,
+        )
+        write_json(self._file(name), record)
+        self._cached_at = float("-inf")
+        return record
+
+    def require_free(self, name: str, *, replace: bool) -> None:
+        """Make sure that a model could be linked as ``name``. Raises: InvalidValue."""
         if not _NAME.fullmatch(name) or ".." in name:
             raise InvalidValue(
                 "a model's name starts with a letter or digit and holds at most 128 letters, "
@@ -79,19 +113,9 @@ class ModelRegistry:
                 param="name",
             )
         if not replace and name in self._read_all():
-            raise InvalidValue(f"a model named '{name}' is linked already", param="name")
-        record = ModelRecord(
-            name=name,
-            path=None if path is None else str(_checked_folder(path)),
-            engine=engine,
-            trust_remote_code=trust_remote_code,
-            created=unix_now(),
-            owned_by=owner,
-            defaults=defaults,
-        )
-        write_json(self._file(name), record)
-        self._cached_at = float("-inf")
-        return record
+            raise InvalidValue(
+                f"a model named '{name}' is linked already; --replace takes its place", param="name"
+            )
 
     def get(self, name: str) -> ModelRecord:
         """The model ``name``. Raises: ModelNotFound. May be a second old."""
@@ -146,10 +170,17 @@ class ModelRegistry:
         return found
 
 
-def _checked_folder(path: Path) -> Path:
+def _checked_folder(path: Path, engine: str | None, *, pickles: bool) -> Path:
     folder = path.expanduser().absolute()
     if not folder.is_dir():
         raise InvalidValue(f"{folder} is not a folder", param="path")
-    if not (folder / "config.json").is_file():
-        raise InvalidValue(f"{folder} holds no config.json; is it a checkpoint?", param="path")
+    if reads_checkpoints(engine):
+        check_checkpoint(folder, pickles=pickles)
+    elif not (folder / CONFIG).is_file():
+        raise CheckpointInvalid(f"{folder} holds no {CONFIG}; is it a checkpoint?", param="path")
     return folder
+
+
+def reads_checkpoints(engine: str | None) -> bool:
+    """Whether the engine's folders must be whole checkpoints; engines of one's own may differ."""
+    return engine in {None, "transformers", "lmdeploy"}

@@ -32,6 +32,8 @@ _STATUS: dict[type[VlmqError], int] = {
     errors.RequestTimedOut: 504,
     errors.BatchCancelled: 409,
     errors.BatchExpired: 409,
+    errors.HubRefused: 403,
+    errors.HubUnavailable: 503,
     errors.StorageFull: 507,
     errors.StorageFailed: 503,
     errors.QueueUnavailable: 503,

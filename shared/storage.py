@@ -31,6 +31,7 @@ class Layout:
         self.files = data_dir / "files"
         self.batches = data_dir / "batches"
         self.models = data_dir / "models"
+        self.checkpoints = data_dir / "checkpoints"
         self.keys = data_dir / "keys.json"
 
     def file_dir(self, file_id: str) -> Path:

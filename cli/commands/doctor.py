@@ -16,10 +16,11 @@ import msgspec
 from cli.commands.status import live_nodes
 from cli.options import json_option, local_options, read_settings
 from cli.output import note, print_json
+from shared.checkpoints import CONFIG, check_checkpoint
 from shared.connection import connect
-from shared.errors import VlmqError
+from shared.errors import CheckpointInvalid, VlmqError
 from shared.keys import KeyStore
-from shared.models import ModelRecord, ModelRegistry
+from shared.models import ModelRecord, ModelRegistry, reads_checkpoints
 from shared.settings import Settings
 from shared.storage import Layout, write_bytes
 
@@ -140,10 +141,16 @@ def _models(settings: Settings) -> Iterator[Finding]:
 
 
 def _model(record: ModelRecord) -> Finding:
-    if record.path is not None and not (Path(record.path) / "config.json").is_file():
+    if record.path is not None and not (Path(record.path) / CONFIG).is_file():
         advice = f"put it back, or: vlmq models remove {record.name}"
         gone = f"{record.name}: {record.path} holds no checkpoint any more"
         return Finding("models", "problem", gone, advice)
+    if record.path is not None and reads_checkpoints(record.engine):
+        try:
+            check_checkpoint(Path(record.path), pickles=record.trust_remote_code)
+        except CheckpointInvalid as error:
+            advice = f"repair the folder, or: vlmq models remove {record.name}"
+            return Finding("models", "problem", f"{record.name}: {error.message}", advice)
     engine = record.engine or "transformers"
     missing = [m for m in _ENGINE_NEEDS.get(engine, ()) if importlib.util.find_spec(m) is None]
     if missing:

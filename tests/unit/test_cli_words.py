@@ -17,18 +17,12 @@ from cli.commands.chat import content, image_url
 from cli.commands.models import read_defaults
 from cli.commands.node import _serve
 from cli.options import pairs, read_settings
+from tests.checkpoints import write_checkpoint
 
 
 def run(*arguments: str) -> int:
     """Run the command line in this process; returns the exit status."""
     return main.run(arguments)
-
-
-def checkpoint(folder: Path) -> Path:
-    """A folder that can be linked."""
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
 
 
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +68,7 @@ def test_models_are_linked_listed_and_removed(
 ) -> None:
     """Given a checkpoint, when it is linked, it is listed with its terms; removed, it is not."""
     place = ("--data-dir", str(tmp_path / "data"))
-    folder = checkpoint(tmp_path / "model")
+    folder = write_checkpoint(tmp_path / "model")
     terms = ("--trust-remote-code", "--default", "temperature=0", "--default", "top_k=5")
     assert run("models", "link", "mine", str(folder), *terms, *place) == 0
     capsys.readouterr()
@@ -122,7 +116,7 @@ def test_doctor_finds_a_checkpoint_that_is_gone(
 ) -> None:
     """Given a linked folder that was deleted, then doctor names it and exits with 1."""
     place = ("--data-dir", str(tmp_path / "data"))
-    folder = checkpoint(tmp_path / "model")
+    folder = write_checkpoint(tmp_path / "model")
     assert run("models", "link", "mine", str(folder), *place) == 0
     (folder / "config.json").unlink()
     assert run("doctor", "--json", *place) == 1

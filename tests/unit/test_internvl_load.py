@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared.checkpoints import own_code
 from shared.errors import EngineSetupFailed, RemoteCodeRefused
 from workers.inference.internvl.export import export_with_code
-from workers.inference.internvl.load import Loaded, load, own_code
+from workers.inference.internvl.load import Loaded, load
 from workers.inference.tiny import CHECKPOINT
 
 

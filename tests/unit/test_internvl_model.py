@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from shared.checkpoints import weight_files
+from shared.errors import CheckpointInvalid
 from workers.inference.internvl import synthesis
 from workers.inference.internvl.backbone import (
     Backbone,
@@ -20,7 +22,7 @@ from workers.inference.internvl.backbone import (
     PublishedBackbone,
     no_tiles,
 )
-from workers.inference.internvl.checkpoint import CheckpointInvalid, read_model, weight_files
+from workers.inference.internvl.checkpoint import read_model
 from workers.inference.internvl.config import LanguageConfig, ModelConfig, read_config, to_json
 from workers.inference.internvl.export import export_with_code
 from workers.inference.internvl.model import InternVL, pixel_shuffle

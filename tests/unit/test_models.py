@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from shared.errors import InvalidValue, ModelNotFound, StorageFailed
-from shared.models import ModelDefaults, ModelRegistry
+from shared.errors import CheckpointInvalid, InvalidValue, ModelNotFound, StorageFailed
+from shared.models import ModelDefaults, ModelRecord, ModelRegistry, ModelSource
 from shared.storage import Layout
+from tests.checkpoints import write_checkpoint
 
 
 @pytest.fixture
@@ -22,10 +24,7 @@ def layout(tmp_path: Path) -> Layout:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A folder that could be a checkpoint."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
+    return write_checkpoint(tmp_path / "checkpoint")
 
 
 def test_a_linked_model_is_known_to_all(layout: Layout, checkpoint: Path) -> None:
@@ -72,9 +71,34 @@ def test_a_name_is_linked_once(layout: Layout, checkpoint: Path) -> None:
 
 def test_a_folder_that_is_no_checkpoint_is_refused(layout: Layout, tmp_path: Path) -> None:
     """With what is missing."""
-    for folder, text in ((tmp_path / "none", "not a folder"), (tmp_path, "config.json")):
-        with pytest.raises(InvalidValue, match=text):
-            ModelRegistry(layout).link("m", folder)
+    with pytest.raises(InvalidValue, match="not a folder"):
+        ModelRegistry(layout).link("m", tmp_path / "none")
+    for engine in (None, "lmdeploy", "mine:Engine"):
+        with pytest.raises(CheckpointInvalid, match=r"config\.json"):
+            ModelRegistry(layout).link("m", tmp_path, engine=engine)
+    assert ModelRegistry(layout).list() == []
+
+
+def test_a_folder_with_a_file_cut_short_is_refused(layout: Layout, checkpoint: Path) -> None:
+    """Unless the engine is one's own, which may keep other files."""
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointInvalid, match=r"model\.safetensors is damaged or cut short"):
+        ModelRegistry(layout).link("m", checkpoint)
+    ModelRegistry(layout).link("m", checkpoint, engine="mine:Engine")
+
+
+def test_where_a_model_came_from_is_recorded(layout: Layout, checkpoint: Path) -> None:
+    """And records that were written before that was known are still read."""
+    source = ModelSource("https://hub.example", "org/model", "c" * 40)
+    ModelRegistry(layout).link("m", checkpoint, source=source)
+    assert ModelRegistry(layout).get("m").source == source
+    path = layout.models / "m.json"
+    old = msgspec.json.decode(path.read_bytes())
+    del old["source"]
+    path.write_bytes(msgspec.json.encode(old))
+    record: ModelRecord = ModelRegistry(layout).get("m")
+    assert record.source is None
 
 
 def test_a_removed_model_is_gone_and_its_folder_is_not(layout: Layout, checkpoint: Path) -> None:

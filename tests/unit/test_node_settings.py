@@ -10,6 +10,7 @@ from shared.errors import ConfigurationError
 from shared.models import ModelRegistry
 from shared.settings import Settings, load_settings, snapshot, with_overrides
 from shared.storage import Layout, write_json
+from tests.checkpoints import write_checkpoint
 from workers import serving
 from workers.node import Programs
 from workers.serving import choose_models, engine_spec
@@ -29,13 +30,6 @@ def registry(settings: Settings) -> ModelRegistry:
     layout = Layout(settings.data_dir)
     layout.create()
     return ModelRegistry(layout)
-
-
-def checkpoint(folder: Path) -> Path:
-    """A folder that can be linked."""
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
 
 
 def test_there_are_four_example_files() -> None:
@@ -130,7 +124,7 @@ def test_the_bundled_model_is_linked_when_there_is_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Given nothing linked, when a node starts, then it serves the tiny model, greedily."""
-    monkeypatch.setattr(serving, "TINY_CHECKPOINT", checkpoint(tmp_path / "tiny"))
+    monkeypatch.setattr(serving, "TINY_CHECKPOINT", write_checkpoint(tmp_path / "tiny"))
     monkeypatch.setattr(serving, "_TRANSFORMERS_NEEDS", ("json",))
     told: list[str] = []
     (entry,) = choose_models(settings, registry, told.append)
@@ -155,7 +149,7 @@ def test_every_linked_model_is_served_with_its_engine(
     settings: Settings, registry: ModelRegistry, tmp_path: Path
 ) -> None:
     """Without node.serve, each record's engine is used, transformers when it names none."""
-    registry.link("a", checkpoint(tmp_path / "a"))
+    registry.link("a", write_checkpoint(tmp_path / "a"))
     registry.link("b", None, engine="echo")
     chosen = choose_models(settings, registry, lambda _: None)
     assert [(entry.model, entry.engine) for entry in chosen] == [
@@ -180,7 +174,7 @@ def test_an_engine_is_told_what_was_consented_to(
     settings: Settings, registry: ModelRegistry, tmp_path: Path
 ) -> None:
     """Consent to remote code travels from the link to the engine, as do the limits."""
-    record = registry.link("a", checkpoint(tmp_path / "a"), trust_remote_code=True)
+    record = registry.link("a", write_checkpoint(tmp_path / "a"), trust_remote_code=True)
     entry = with_overrides(
         settings, node={"serve": [{"model": "a", "session_len": 512, "max_running": 3}]}
     ).node.serve[0]

@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import ImageFile
 
+from shared.checkpoints import require_whole, weights_bytes
 from shared.errors import (
     ConfigurationError,
     EngineSetupFailed,
@@ -110,6 +111,7 @@ def load(spec: EngineSpec, options: Options) -> Loaded:
     if spec.path is None or not Path(spec.path).is_dir():
         raise EngineSetupFailed(f"there is no model folder {spec.path}; link the model by its path")
     _import_lmdeploy()
+    require_whole(Path(spec.path), pickles=spec.trust_remote_code)
     _check_gpus(options)
     check_remote_code(Path(spec.path), trusted=spec.trust_remote_code, known=_in_transformers)
     _describe_internvl(Path(spec.path))
@@ -271,8 +273,7 @@ def _gpu_memory(folder: Path, options: Options) -> GpuMemory:
     import torch
 
     free, total = torch.cuda.mem_get_info()
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return GpuMemory(total, free, weights // options.tp)
+    return GpuMemory(total, free, weights_bytes(folder) // options.tp)
 
 
 def _ready_prompts(engine: Any) -> ReadyPrompts | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,18 +11,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from shared.checkpoints import SINGLE, weight_files
+from shared.errors import CheckpointInvalid
+
 from . import template
 from .config import ModelConfig, to_json
 from .model import InternVL
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD
 from .tokenizer import write_json, write_tokenizer
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-
-class CheckpointInvalid(ValueError):
-    """The weights in the folder are damaged, missing, or of another model."""
 
 
 def read_model(
@@ -55,30 +50,6 @@ def read_model(
         )
     model.load_state_dict(found, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, from its index when it has one.
-
-    Raises: CheckpointInvalid when there are none or one that the index names is not there.
-    """
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointInvalid(f"{INDEX} cannot be read: {error!r}") from None
-        if any(Path(name).name != name for name in names):
-            raise CheckpointInvalid(f"{INDEX} names files outside the folder")
-        files = [folder / name for name in names]
-    else:
-        files = [folder / SINGLE]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointInvalid(f"the folder has no {file.name}")
-    return files
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from shared.errors import EngineSetupFailed, RemoteCodeRefused
+from shared.checkpoints import own_code, require_whole, weights_bytes
+from shared.errors import CheckpointInvalid, EngineSetupFailed, RemoteCodeRefused
 
 from . import template
 from .backbone import Backbone, BuiltInBackbone, PublishedBackbone
-from .checkpoint import CheckpointInvalid, read_model, weight_files
+from .checkpoint import read_model
 from .config import ConfigInvalid, ModelConfig, read_config
 from .tokenizer import FastVocabulary, TokenizerInvalid, Vocabulary
 
@@ -56,6 +57,7 @@ def load(
             f"{folder} carries its own code ({code}); read it, and if you trust it link the model "
             "with --trust-remote-code"
         )
+    require_whole(folder, pickles=trust_remote_code)
     try:
         config = read_config(folder)
         chosen = dtype or _dtype_for(folder, device)
@@ -79,36 +81,10 @@ def load(
         raise EngineSetupFailed(f"{folder} cannot be read: {error}") from None
 
 
-def own_code(folder: Path) -> str | None:
-    """Where a checkpoint's own code shows: a Python file, or a JSON file with ``auto_map``.
-
-    Nothing is imported. A JSON file that cannot be read shows no code here.
-    """
-    for path in sorted(folder.rglob("*.py")):
-        return str(path.relative_to(folder))
-    for path in sorted(folder.glob("*.json")):
-        if path.name in ("tokenizer.json", "model.safetensors.index.json"):
-            continue
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue
-        if _has_auto_map(raw):
-            return f"auto_map in {path.name}"
-    return None
-
-
-def _has_auto_map(value: Any) -> bool:
-    if isinstance(value, dict):
-        return bool(value.get("auto_map")) or any(_has_auto_map(part) for part in value.values())
-    return isinstance(value, list) and any(_has_auto_map(part) for part in value)
-
-
 def _dtype_for(folder: Path, device: torch.device) -> torch.dtype:
     if device.type != "cpu":
         return torch.bfloat16
-    size = sum(file.stat().st_size for file in weight_files(folder))
-    return torch.float32 if size <= _SMALL_BYTES else torch.bfloat16
+    return torch.float32 if weights_bytes(folder) <= _SMALL_BYTES else torch.bfloat16
 
 
 def _load_built_in(

@@ -18,8 +18,10 @@ from typing import BinaryIO
 
 import torch
 
+from shared.checkpoints import INDEX, SINGLE
+
 from . import template
-from .checkpoint import INDEX, SINGLE, write_description
+from .checkpoint import write_description
 from .config import LanguageConfig, ModelConfig, VisionConfig
 from .export import add_code
 from .model import InternVL
