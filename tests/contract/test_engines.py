@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import pytest
+from PIL import Image as Pillow
 
 from shared.errors import ContextLengthExceeded, RequestAborted, VlmqError
+from shared.settings import ImageSettings
 from tests.contract.conftest import SESSION_LEN, Kind
 from tests.contract.hosts import ask
 from workers.inference.engines.base import (
@@ -22,6 +25,7 @@ from workers.inference.engines.base import (
     collect,
     let_go,
 )
+from workers.inference.images import prepare
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -179,6 +183,26 @@ def test_bytes_that_are_no_image_fail_alone(engine: Engine, kind: Kind, run: Any
     answers = dict(run(completed(engine, [broken, greedy(SENTENCE, 2)])))
     assert isinstance(answers[1], VlmqError)
     assert answers[2].completion_tokens == 12
+
+
+def test_an_image_cut_as_the_engine_says_is_the_same_image(
+    engine: Engine, kind: Kind, run: Any
+) -> None:
+    """Consumers do the cutting; the answer is that to the file."""
+    if not kind.reads_images:
+        pytest.skip("this engine does not look into images")
+    out = io.BytesIO()
+    Pillow.effect_mandelbrot((500, 230), (-2, -1, 1, 1), 60).convert("RGB").save(out, "PNG")
+    file = prepare(out.getvalue(), ImageSettings(), None)
+    tiles = prepare(out.getvalue(), ImageSettings(scaling="exact"), engine.tiling())
+    assert (file.encoding, tiles.encoding) == ("file", "tiles")
+    asked = [
+        Prompt(i, [Turn("user", [0, SENTENCE])], Sampling(max_tokens=8, temperature=0), [image])
+        for i, image in enumerate([file, tiles])
+    ]
+    answers = dict(run(completed(engine, asked)))
+    assert answers[0] == answers[1]
+    assert answers[0].prompt_tokens > 2
 
 
 def test_complete_answers_every_id_once_and_as_generate_would(engine: Engine, run: Any) -> None:

@@ -16,11 +16,13 @@ from shared.errors import (
     ContextLengthExceeded,
     EngineSetupFailed,
     EngineUnavailable,
+    ImageError,
     ImageTruncated,
     InvalidRequest,
     RemoteCodeRefused,
     RequestAborted,
 )
+from shared.settings import ImageSettings
 from tests.contract.conftest import has_gpu
 from tests.gpu.walking_model import write_text_model, write_walking
 from workers.inference.engines.base import (
@@ -29,10 +31,13 @@ from workers.inference.engines.base import (
     Image,
     Prompt,
     Sampling,
+    Tiling,
     Turn,
     collect,
 )
 from workers.inference.engines.lmdeploy_engine import LmdeployEngine
+from workers.inference.engines.lmdeploy_prompts import messages_of
+from workers.inference.images import prepare
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,6 +139,55 @@ def test_raw_pixels_are_the_same_image_as_their_file(engine: LmdeployEngine, run
     drawn = picture(3)
     raw = Image(drawn.tobytes(), "rgb", drawn.width, drawn.height)
     assert run(collect(engine, about(raw))) == run(collect(engine, about(file_of(drawn))))
+
+
+@pytest.mark.parametrize("size", [(448, 448), (1920, 1080), (300, 1000), (61, 47)])
+def test_images_cut_beforehand_are_what_lmdeploy_makes_itself(
+    engine: LmdeployEngine, run: Any, size: tuple[int, int]
+) -> None:
+    """The same token ids, the same pixel values bit for bit, and so the same answer."""
+    file = file_of(picture(11, *size), "JPEG")
+    tiling = engine.tiling()
+    assert tiling == Tiling(448, 1, 12, thumbnail=True)
+    tiles = prepare(file.data, ImageSettings(scaling="exact"), tiling)
+    loaded = engine._loaded
+    assert loaded is not None
+    assert loaded.ready is not None
+    ready = loaded.ready.inputs(about(tiles), loaded.ready.pixels(about(tiles)))
+
+    async def theirs() -> Any:
+        messages = messages_of(about(file), tiled=True)
+        request = await loaded.engine.preprocess(messages, session_id=loaded.pipe.session_mgr.get())
+        loaded.pipe.session_mgr.remove(request.session)
+        return request.inputs
+
+    own = asyncio.run_coroutine_threadsafe(theirs(), loaded.loop).result()
+    assert ready["input_ids"] == own["input_ids"]
+    (ours,), (its,) = ready["multimodal"], own["multimodal"]
+    assert ours["pixel_values"].dtype == its["pixel_values"].dtype
+    assert bool((ours["pixel_values"] == its["pixel_values"]).all())
+    for key in ("offset", "image_tokens", "image_token_id"):
+        assert ours[key] == its[key]
+    assert run(collect(engine, about(tiles))) == run(collect(engine, about(file)))
+
+
+def test_an_image_cut_for_another_model_is_refused_alone(engine: LmdeployEngine, run: Any) -> None:
+    """Its neighbour is answered."""
+    wrong = Image(b"\0" * 1000, "tiles", 448, 448)
+    right = prepare(file_of(picture(2)).data, ImageSettings(), engine.tiling())
+    answers = run(completed(engine, [about(wrong), about(right, prompt_id=2)]))
+    assert isinstance(answers[1], ImageError)
+    assert isinstance(answers[2], Completion)
+
+
+def test_a_text_that_spells_the_models_own_mark_is_refused(
+    engine: LmdeployEngine, run: Any
+) -> None:
+    """Otherwise it would stand where the image should."""
+    tiles = prepare(file_of(picture(2)).data, ImageSettings(), engine.tiling())
+    prompt = Prompt(1, [Turn("user", [0, "what is <IMG_CONTEXT>"])], Sampling(), [tiles])
+    (answer,) = run(completed(engine, [prompt])).values()
+    assert isinstance(answer, InvalidRequest)
 
 
 def test_low_detail_is_one_tile(engine: LmdeployEngine, run: Any) -> None:

@@ -31,8 +31,10 @@ from workers.inference.engines.base import EngineSpec, Image, Prompt, Sampling, 
 from workers.inference.engines.lmdeploy_engine import LmdeployEngine, error_for
 from workers.inference.engines.lmdeploy_loading import check_remote_code
 from workers.inference.engines.lmdeploy_options import (
+    GpuMemory,
     Options,
     backend_settings,
+    cache_share,
     generation_settings,
     read_options,
 )
@@ -89,6 +91,51 @@ def test_a_batch_holds_what_runs_unless_told_otherwise() -> None:
     assert "max_prefill_token_num" not in settings
     told = backend_settings(Options(max_batch_size=7, max_prefill_token_num=99, tp=2), spec)
     assert (told["max_batch_size"], told["max_prefill_token_num"], told["tp"]) == (7, 99, 2)
+
+
+def test_more_of_lmdeploys_configuration_is_passed_on_by_name() -> None:
+    """But what has an option of its own is not said twice."""
+    told = backend_settings(Options(extra={"max_prefill_iters": 2}), EngineSpec("m"))
+    assert told["max_prefill_iters"] == 2
+    for name in ("tp", "session_len", "max_prefill_token_num"):
+        with pytest.raises(ConfigurationError, match=name):
+            backend_settings(Options(extra={name: 1}), EngineSpec("m"))
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("share", "free_gib", "given", "expected"),
+    [
+        (None, 139, None, 0.8),
+        (0.5, 139, 0.3, 0.3),
+        # 70 GiB, less 4 of weights and 7 in reserve, of the 136 left beside the weights.
+        (0.5, 140, None, 59 / 136),
+        # The second of two replicas: the first one's 70 GiB are gone.
+        (0.5, 70, None, 59 / 66),
+        (1.0, 140, None, 122 / 136),
+        (1.0, 100, None, 0.92),
+    ],
+)
+def test_replicas_share_a_gpu_by_what_each_may_hold(
+    share: float | None, free_gib: int, given: float | None, expected: float
+) -> None:
+    """lmdeploy counts from what is free, so the same share is another part for each."""
+    memory = GpuMemory(140 * GIB, free_gib * GIB, 4 * GIB)
+    spec = EngineSpec("m", memory_share=share)
+    found = cache_share(Options(cache_max_entry_count=given), spec, memory)
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("share", "free_gib"), [(0.05, 80), (0.5, 12)])
+def test_a_share_that_cannot_hold_the_model_is_refused_with_the_figures(
+    share: float, free_gib: int
+) -> None:
+    """Before anything is loaded."""
+    memory = GpuMemory(80 * GIB, free_gib * GIB, 12 * GIB)
+    with pytest.raises(EngineSetupFailed, match=r"12\.0 GiB.*memory_share"):
+        cache_share(Options(), EngineSpec("m", memory_share=share), memory)
 
 
 def test_temperature_zero_takes_the_likeliest_token_and_keeps_the_penalty() -> None:
