@@ -107,9 +107,9 @@ class ChatQueue:
     def submit(self, *, owner: str, model: str, body: bytes, timeout_s: float) -> ChatReply:
         """Put a validated request in line.
 
-        Raises: ModelUnavailable when no replica is ready, RateLimited, QueueUnavailable.
+        Raises: ModelUnavailable when no node has or can load it, RateLimited, QueueUnavailable.
         """
-        if not self.presence.serving(model):
+        if not self.presence.obtainable(model):
             raise ModelUnavailable(
                 f"no running worker serves the model '{model}' right now; one that was linked "
                 "after the node started is served from the node's next start on",

@@ -46,6 +46,8 @@ class ModelRecord(msgspec.Struct, frozen=True):
     owned_by: str
     defaults: ModelDefaults = ModelDefaults()
     visible_to: str | None = None
+    revision: int = 1
+    """Grows when the model is linked anew or reloaded; nodes then replace their engines."""
 
 
 class ModelRegistry:
@@ -78,7 +80,8 @@ class ModelRegistry:
                 "digits and . _ : / @ + -",
                 param="name",
             )
-        if not replace and name in self._read_all():
+        present = self._read_all().get(name)
+        if present is not None and not replace:
             raise InvalidValue(f"a model named '{name}' is linked already", param="name")
         record = ModelRecord(
             name=name,
@@ -88,7 +91,18 @@ class ModelRegistry:
             created=unix_now(),
             owned_by=owner,
             defaults=defaults,
+            revision=1 if present is None else present.revision + 1,
         )
+        write_json(self._file(name), record)
+        self._cached_at = float("-inf")
+        return record
+
+    def reload(self, name: str) -> ModelRecord:
+        """Ask the nodes that serve ``name`` to load it anew. Raises: ModelNotFound."""
+        present = self._read_all().get(name)
+        if present is None:
+            raise ModelNotFound(f"there is no model '{name}'", param="name")
+        record = msgspec.structs.replace(present, revision=present.revision + 1)
         write_json(self._file(name), record)
         self._cached_at = float("-inf")
         return record

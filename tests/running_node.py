@@ -123,7 +123,7 @@ class RunningNode:
                 return False
         except httpx.TransportError:
             return False
-        return all(self.stores.presence.serving(serve.model) for serve in self.settings.node.serve)
+        return all(self.stores.presence.obtainable(s.model) for s in self.settings.node.serve)
 
     def _why_not(self) -> str:
         return (self.folder / "node.log").read_text()[-4000:]

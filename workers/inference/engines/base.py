@@ -63,6 +63,10 @@ class Prompt(msgspec.Struct, frozen=True, array_like=True, gc=False):
     images: list[Image] = []
 
 
+WARM_UP_ID = 2**31 - 1
+"""The id of the prompts by which a host tries an engine that was just loaded."""
+
+
 class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A piece of an answer. The last one, and only it, has a ``finish_reason`` and the counts.
 
@@ -95,7 +99,9 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """What an engine is started with.
 
     ``options`` are the engine's own (for ``echo``: delays and faults), checked by the engine;
-    ``session_len`` is in tokens; ``max_running`` is how many requests it should work on at once.
+    ``session_len`` is in tokens; ``max_running`` is how many requests it should work on at once;
+    ``memory_share`` (0 to 1) is the part of each of its GPUs' total memory that this process may
+    use, weights included; None when the node does not divide it.
     """
 
     model: str
@@ -104,6 +110,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     session_len: int = 8192
     max_running: int = 32
     options: Mapping[str, Any] = {}
+    memory_share: float | None = None
 
 
 class Engine(Protocol):
