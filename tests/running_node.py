@@ -55,6 +55,11 @@ class RunningNode:
 
     def start(self) -> None:
         """Start the node and wait until it serves everything."""
+        self.start_without_waiting()
+        wait_for(self._is_up, "the node to be up", START_LIMIT_S, self._why_not)
+
+    def start_without_waiting(self) -> None:
+        """Start the node, whatever becomes of it."""
         log = open(self.folder / "node.log", "ab")  # noqa: SIM115 - the child keeps it
         self.process = subprocess.Popen(
             [sys.executable, "-m", "workers.node", "--config", str(self.config)],
@@ -63,7 +68,6 @@ class RunningNode:
             start_new_session=True,
         )
         log.close()
-        wait_for(self._is_up, "the node to be up", START_LIMIT_S, self._why_not)
 
     def stop(self) -> int:
         """SIGTERM, and the exit status."""

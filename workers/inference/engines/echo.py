@@ -50,7 +50,7 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``delay_s`` is per request, ``token_delay_s`` per token, ``setup_delay_s`` while loading.
 
-    ``warm_up`` is what becomes of the host's first prompts: ``hang`` never answers, ``block`` does
+    ``fail_with_path`` fails the set-up of whatever has a checkpoint. ``warm_up`` is what becomes of the host's first prompts: ``hang`` never answers, ``block`` does
     not even let the event loop go on. They have no delays.
     """
 
@@ -58,6 +58,7 @@ class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token_delay_s: _Seconds = 0.0
     setup_delay_s: _Seconds = 0.0
     fail_setup: bool = False
+    fail_with_path: bool = False
     warm_up: Literal["answer", "fail", "hang", "block"] = "answer"
     faults: bool = False
     image_tokens: Annotated[int, msgspec.Meta(ge=0)] = 256
@@ -71,6 +72,7 @@ class EchoEngine:
             self._options = msgspec.convert(dict(spec.options), EchoOptions)
         except msgspec.ValidationError as error:
             raise ConfigurationError(f"echo engine, options: {error}") from None
+        self._path = spec.path
         self._session_len = spec.session_len
         self._aborts: dict[int, asyncio.Event] = {}
         self._health = Health(ok=True)
@@ -80,6 +82,8 @@ class EchoEngine:
         await asyncio.sleep(self._options.setup_delay_s)
         if self._options.fail_setup:
             raise EngineSetupFailed("the echo engine was told to fail; remove option fail_setup")
+        if self._options.fail_with_path and self._path is not None:
+            raise EngineSetupFailed(f"the echo engine was told to fail with {self._path}")
 
     async def generate(self, prompt: Prompt) -> AsyncIterator[Delta]:
         """Answer word by word."""
