@@ -2,7 +2,7 @@
 
 The fleet gathers what the planner (``residency``) needs to know and does what it says; each model's
 own life is in ``served_model``. Driven by ``tick`` from the node's thread; reports may be asked for
-from another. See docs/decisions/0012-engine-fleet.md.
+from another. See docs/decisions/0015-engine-fleet.md.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _REPORTED: dict[State, ReplicaState] = {
 
 
 class Stage(enum.StrEnum):
-    """Where the model as a whole is; the table is in docs/decisions/0012-engine-fleet.md."""
+    """Where the model as a whole is; the table is in docs/decisions/0015-engine-fleet.md."""
 
     UNLOADED = "unloaded"
     """No process."""

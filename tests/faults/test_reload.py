@@ -108,7 +108,7 @@ def test_a_revision_that_cannot_be_loaded_takes_nothing_down(
             unloadable(node, tmp_path / "checkpoint")
             wait_for(refused, "the refusal", LIMIT_S, lambda: story(node))
         assert_nothing_failed(kept)
-        told = CliRunner().invoke(vlmq, ["doctor", "--data-dir", str(node.settings.data_dir)])
+        told = CliRunner().invoke(vlmq, ["doctor", "--config", str(node.config)])
         assert "revision 2 could not be loaded" in told.output
         assert "vlmq models reload echo" in told.output
 
@@ -120,7 +120,7 @@ def test_a_model_that_never_loaded_is_mended_by_linking_it_anew(tmp_path: Path) 
         folder = tmp_path / "checkpoint"
         unloadable(node, folder)
         node.start_without_waiting()
-        wait_for(lambda: states(node, "echo") == ["failed"], "the failure", LIMIT_S)
+        wait_for(lambda: "engine echo/0 failed" in story(node), "the failure", LIMIT_S)
         node.stores.models.link("echo", None, engine="echo", replace=True)
         wait_for(lambda: states(node, "echo") == ["ready"], "the mended model", LIMIT_S)
         assert ask(node, "echo") == "are you there"
