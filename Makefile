@@ -3,11 +3,14 @@
 #   make demo     images in over HTTP, captions out of a persistent engine (no GPU needed)
 #   make test     lint, types, import rules and all tests that need no GPU
 #   make bench    the figures of docs/benchmarks.md, measured on this machine
+#   make bench-gpu  vlmq beside raw lmdeploy, on a machine with a GPU and vlmq[api,inference]
 #   make lint     ruff, mypy --strict, import-linter
 #   make lock     resolve the dependencies again and rewrite locks/
 #   make clean    remove .venv and caches
 #
 # PYTHON      the interpreter to build .venv with (3.11 or 3.12); found by itself when not given.
+# GPU_PYTHON  the interpreter of bench-gpu: whichever has lmdeploy (default: python3).
+# ARGS        arguments of bench-gpu: make bench-gpu ARGS="--quick --backends turbomind"
 # TORCH_ARGS  more arguments for `pip install torch`. The default index may serve a CUDA build of
 #             several gigabytes; PyTorch's own index has the small CPU build:
 #               make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
@@ -17,6 +20,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := api,cpu,dev
 TORCH_ARGS ?=
+GPU_PYTHON ?= python3
+ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 # A name on PATH may be a shim that cannot run, so each candidate has to prove itself.
@@ -26,7 +31,7 @@ TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' locks/cpu.txt)
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml
 
-.PHONY: demo test bench lint lock clean
+.PHONY: demo test bench bench-gpu lint lock clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -37,6 +42,10 @@ test: lint
 
 bench: $(READY)
 	@$(BIN)/python -m benchmarks.run
+
+# Not in .venv, which has the CPU build of torch: lmdeploy cannot share an environment with it.
+bench-gpu:
+	@$(GPU_PYTHON) -m benchmarks.gpu.run $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet .

@@ -14,6 +14,8 @@ as nobody else can reach it, so the server then binds to loopback, and here ever
   origins (an upload is one), it only keeps the answer from the page.
 
 Once there has been a key, requests need one, even if all have been revoked since.
+
+``/metrics`` tells of everybody's work, so not every owner may read it: see ``api.metrics_readers``.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from api.current import set_owner, stores
 from shared.errors import Forbidden, NotAuthenticated
 
 LOCAL_OWNER = "local"
+METRICS_OWNER = "metrics"
+METRICS_ENDPOINT = "metrics.scrape"
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 
@@ -50,10 +54,26 @@ def _authenticate() -> None:
     if request.path in _OPEN_PATHS:
         return
     if stores().keys.required():
+        if request.endpoint == METRICS_ENDPOINT:
+            _authenticate_reader()
+            return
         set_owner(stores().keys.authenticate(_bearer()).owner)
         return
     _require_local()
     set_owner(LOCAL_OWNER)
+
+
+def _authenticate_reader() -> None:
+    """Judge by the endpoint, not the path, which may be written in more than one way."""
+    readers = stores().settings.api.metrics_readers
+    if readers == "anyone":
+        return
+    owner = stores().keys.authenticate(_bearer()).owner
+    if readers == "metrics" and owner != METRICS_OWNER:
+        raise Forbidden(
+            f"only keys of the owner '{METRICS_OWNER}' may read /metrics: "
+            f"make one with 'vlmq keys create {METRICS_OWNER}', or set api.metrics_readers"
+        )
 
 
 def _bearer() -> str:

@@ -26,6 +26,7 @@ from api.app import create_app
 from api.auth import is_loopback
 from api.connection import bound_stalls, cut_short
 from shared import log, statuses
+from shared.connection import server_of
 from shared.errors import ConfigurationError, VlmqError
 from shared.keys import KeyStore
 from shared.process import die_with_parent
@@ -186,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         layout = Layout(settings.data_dir)
         layout.create()
         check_exposure(settings, KeyStore(layout.keys))
+        # Said here once, not as a traceback of each process.
+        server_of(settings)
     except VlmqError as error:
         sys.exit(_complain(error))
     Server(settings, port_file=options.port_file).run()

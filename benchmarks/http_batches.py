@@ -52,6 +52,10 @@ class BatchClient:
         """The batch as it is now."""
         return self._json(self._http.get(f"batches/{batch_id}"))
 
+    def cancel(self, batch_id: str) -> None:
+        """Ask for a batch to end early."""
+        self._json(self._http.post(f"batches/{batch_id}/cancel"))
+
     def wait(self, batch_id: str, limit_s: float) -> dict[str, Any]:
         """Wait until a batch has ended. Raises: TimeoutError."""
         deadline = time.monotonic() + limit_s

@@ -16,6 +16,7 @@ from benchmarks.http_batches import BatchClient, run_to_end
 from benchmarks.items import write_input
 from benchmarks.nodes import echo_node, warm_up
 from benchmarks.report import Figure, Target
+from benchmarks.roles import role_of
 from benchmarks.scale import Scale
 from tests.running_node import RunningNode, parent_of
 
@@ -23,17 +24,6 @@ MIB = 1024 * 1024
 _LIMIT_S = 1800.0
 _GROWTH = Target("<=", 10)
 _REDIS = Target("<", 16)
-
-_ROLES = {
-    "valkey-server": "redis",
-    "redis-server": "redis",
-    "workers.inference.engines.host": "engine",
-    "workers.reaper": "reaper",
-    "workers.consumer batch": "batch consumer",
-    "workers.consumer chat": "chat consumer",
-    "api.server": "api",
-    "workers.node": "node",
-}
 
 
 class _Peaks(msgspec.Struct, frozen=True):
@@ -82,16 +72,11 @@ def _peaks(items: int) -> _Peaks:
 def _by_role(node: RunningNode) -> dict[str, int]:
     assert node.process is not None
     peaks: dict[str, int] = {}
-    roles = {pid: _role(pid) for pid in [node.process.pid, *node.pids()]}
+    roles = {pid: role_of(pid) for pid in [node.process.pid, *node.pids()]}
     for pid, role in roles.items():
         name = f"{role} child" if roles.get(parent_of(pid)) == role else role
         peaks[name] = max(peaks.get(name, 0), _peak(pid))
     return peaks
-
-
-def _role(pid: int) -> str:
-    command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    return next(role for words, role in _ROLES.items() if words in command)
 
 
 def _peak(pid: int) -> int:

@@ -75,12 +75,14 @@ def milliseconds(seconds: float) -> float:
     return seconds * 1000
 
 
-def write_json(path: Path, figures: Sequence[Figure], about: dict[str, str]) -> None:
+def write_json(
+    path: Path, figures: Sequence[Figure], about: dict[str, str], **more: object
+) -> None:
     """Write the figures, with whether each passed, and what is to be known ``about`` the run."""
     rows = [{**msgspec.to_builtins(figure), "passed": figure.passed} for figure in figures]
     path.parent.mkdir(parents=True, exist_ok=True)
-    encoded = msgspec.json.format(msgspec.json.encode({"about": about, "figures": rows}), indent=1)
-    path.write_bytes(encoded + b"\n")
+    encoded = msgspec.json.encode({"about": about, "figures": rows, **more})
+    path.write_bytes(msgspec.json.format(encoded, indent=1) + b"\n")
 
 
 def _number(value: float, unit: str) -> str:

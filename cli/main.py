@@ -14,7 +14,7 @@ from cli.commands.doctor import doctor
 from cli.commands.keys import keys
 from cli.commands.models import models
 from cli.commands.node import up, worker
-from cli.commands.status import status
+from cli.commands.status import health, status
 from shared.errors import VlmqError
 
 INTERRUPTED = 130
@@ -26,7 +26,7 @@ def vlmq() -> None:
     """A self-hosted job queue for vision-language models."""
 
 
-for command in (up, worker, chat, batch, models, status, keys, doctor):
+for command in (up, worker, chat, batch, models, status, health, keys, doctor):
     vlmq.add_command(command)
 
 

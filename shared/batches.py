@@ -217,6 +217,7 @@ class BatchStore:
             header.failed,
             header.prompt_tokens,
             header.completion_tokens,
+            header.images,
             *(msgspec.json.encode(problem) for problem in problems),
         )
         if done is None:

@@ -98,14 +98,19 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @property
-    def has_images(self) -> bool:
-        """Whether any message holds an image."""
-        return any(
+    def image_count(self) -> int:
+        """How many images its messages hold."""
+        return sum(
             isinstance(part, ImagePart)
             for message in self.messages
             if not isinstance(message.content, str)
             for part in message.content
         )
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any message holds an image."""
+        return self.image_count > 0
 
     def check(self) -> None:
         """Raise the rules that one field's type cannot say.

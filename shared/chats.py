@@ -2,7 +2,8 @@
 
 The body waits in a key of its own; the ticket names it, and taking the body (GETDEL) is the claim,
 so a duplicate ticket finds nothing. Every API process has one capped stream, its inbox, that all
-its answers come back on, read by one thread. If a consumer vanishes before the first word, the
+its answers come back on, read by one thread, which also tells Redis of what has ended and what was
+counted meanwhile. If a consumer vanishes before the first word, the
 API's side submits the request once more; after that it fails explicitly.
 """
 
@@ -24,12 +25,24 @@ from shared.errors import (
     ModelUnavailable,
     QueueUnavailable,
     RateLimited,
+    RequestAborted,
     RequestTimedOut,
     VlmqError,
     from_code,
 )
 from shared.ids import new_id
 from shared.log import get_logger
+from shared.metrics import (
+    CHAT_DURATION,
+    CHAT_ERRORS,
+    CHATS,
+    FIRST_TOKEN,
+    IMAGES,
+    TOKENS,
+    Counts,
+    Metric,
+)
+from shared.metrics import KEY as METRICS_KEY
 from shared.presence import Presence
 from shared.queue import Tickets, chat_queue
 
@@ -100,25 +113,37 @@ class ChatQueue:
         self._inbox = f"{PREFIX}inbox:{new_id('api_')}"
         self._replies: dict[str, ChatReply] = {}
         self._ended: list[str] = []
+        self.counts = Counts()
         self._lock = threading.Lock()
+        self._tell_lock = threading.Lock()
         self._reader: threading.Thread | None = None
         self._closed = threading.Event()
 
-    def submit(self, *, owner: str, model: str, body: bytes, timeout_s: float) -> ChatReply:
-        """Put a validated request in line.
+    def submit(
+        self, *, owner: str, model: str, body: bytes, timeout_s: float, images: int = 0
+    ) -> ChatReply:
+        """Put a validated request in line; ``images`` is how many it holds, to be counted.
 
         Raises: ModelUnavailable when no node has or can load it, RateLimited, QueueUnavailable.
         """
+        deadline = time.time() + timeout_s
+        job = ChatJob(new_id("chatcmpl-"), owner, model, body, self._inbox, deadline)
+        self._start_reader()
+        try:
+            return self._submit(job, images)
+        except VlmqError as error:
+            self.count_failure(model, error)
+            raise
+
+    def _submit(self, job: ChatJob, images: int) -> ChatReply:
+        model = job.model
         if not self.presence.obtainable(model):
             raise ModelUnavailable(
                 f"no running worker serves the model '{model}' right now; one that was linked "
                 "after the node started is served from the node's next start on",
                 param="model",
             )
-        deadline = time.time() + timeout_s
-        job = ChatJob(new_id("chatcmpl-"), owner, model, body, self._inbox, deadline)
-        self._start_reader()
-        reply = ChatReply(self, job)
+        reply = ChatReply(self, job, images=images)
         with self._lock:
             self._replies[job.id] = reply
         try:
@@ -130,10 +155,7 @@ class ChatQueue:
         return reply
 
     def _enter(self, job: ChatJob) -> None:
-        pipeline = self._redis.pipeline()
-        with self._ended_ids() as ended:
-            if ended:
-                pipeline.zrem(_OPEN, *ended)
+        with self._telling() as pipeline:
             pipeline.zremrangebyscore(_OPEN, "-inf", time.time())
             pipeline.zcard(_OPEN)
             pipeline.zadd(_OPEN, {job.id: job.deadline})
@@ -177,9 +199,37 @@ class ChatQueue:
                 self._ended += ended
             raise
 
+    @contextmanager
+    def _telling(self) -> Iterator[Any]:
+        """A pipeline that begins with all that Redis has to hear; execute it in the block."""
+        pipeline = self._redis.pipeline()
+        with self._ended_ids() as ended, self.counts.told() as counted:
+            if ended:
+                pipeline.zrem(_OPEN, *ended)
+            for name, by in counted.items():
+                pipeline.hincrby(METRICS_KEY, name, by)
+            yield pipeline
+
+    def _tell(self) -> None:
+        with self._tell_lock, self._telling() as pipeline:
+            if len(pipeline):
+                pipeline.execute()
+
+    def count_failure(self, model: str, error: VlmqError) -> None:
+        """Count a request that ended without an answer."""
+        if isinstance(error, RequestAborted):
+            self.counts.add(CHATS, model, "aborted")
+            return
+        self.counts.add(CHATS, model, "failed")
+        self.counts.add(CHAT_ERRORS, model, error.code)
+
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading, and tell Redis what it has not heard yet."""
         self._closed.set()
+        try:
+            self._tell()
+        except QueueUnavailable:
+            log.warning("chats_not_counted")  # the ids leave Redis at their deadlines
 
     def _start_reader(self) -> None:
         with self._lock:
@@ -193,9 +243,7 @@ class ChatQueue:
         trim_at = 0.0
         while not self._closed.is_set():
             try:
-                with self._ended_ids() as ended:
-                    if ended:
-                        self._redis.zrem(_OPEN, *ended)
+                self._tell()
                 if time.monotonic() >= trim_at:
                     # What was read is of no use to anybody, and Redis keeps it in memory.
                     self._redis.xtrim(self._inbox, minid=last, approximate=True)
@@ -227,8 +275,10 @@ class ChatQueue:
 class ChatReply:
     """The answer to one request, as it comes."""
 
-    def __init__(self, queue: ChatQueue, job: ChatJob) -> None:
+    def __init__(self, queue: ChatQueue, job: ChatJob, *, images: int = 0) -> None:
         self.id = job.id
+        self._images = images
+        self._submitted_at = time.monotonic()
         self._queue = queue
         self._job = job
         self._events: SimpleQueue[ChatEvent] = SimpleQueue()
@@ -258,23 +308,45 @@ class ChatReply:
                 self._consumer = event.text
             return None
         if event.kind == "delta":
-            self._started = True
+            if not self._started:
+                self._started = True
+                self._observe(FIRST_TOKEN)
             return event.text
         self._ended = True
         if event.kind == "error":
-            raise from_code(event.code, event.text, event.param)
-        return ChatEnd(event.text, event.prompt_tokens, event.completion_tokens)
+            error = from_code(event.code, event.text, event.param)
+            self._queue.count_failure(self._job.model, error)
+            raise error
+        end = ChatEnd(event.text, event.prompt_tokens, event.completion_tokens)
+        self._count(end)
+        return end
 
     def abort(self) -> None:
         """The client went away: stop the work. Harmless when repeated or too late."""
+        self._stop(RequestAborted())
+
+    def _stop(self, reason: VlmqError) -> None:
         if not self._ended:
             self._ended = True
+            self._queue.count_failure(self._job.model, reason)
             self._queue.withdraw(self.id)
         self.close()
 
     def close(self) -> None:
         """Let go."""
         self._queue.forget(self.id)
+
+    def _observe(self, metric: Metric) -> None:
+        seconds = time.monotonic() - self._submitted_at
+        self._queue.counts.observe(metric, self._job.model, seconds=seconds)
+
+    def _count(self, end: ChatEnd) -> None:
+        counts, model = self._queue.counts, self._job.model
+        self._observe(CHAT_DURATION)
+        counts.add(CHATS, model, "completed")
+        counts.add(IMAGES, model, "chat", by=self._images)
+        counts.add(TOKENS, model, "chat", "prompt", by=end.prompt_tokens)
+        counts.add(TOKENS, model, "chat", "completion", by=end.completion_tokens)
 
     def _take(self, timeout_s: float) -> ChatEvent | None:
         try:
@@ -285,8 +357,9 @@ class ChatReply:
     def _look_after(self) -> None:
         """Nothing was heard for a while: find out whether anything still can be."""
         if time.time() > self._job.deadline:
-            self.abort()
-            raise RequestTimedOut()
+            late = RequestTimedOut()
+            self._stop(late)
+            raise late
         if time.monotonic() - self._heard_at < _CHECK_AFTER_S:
             return
         self._heard_at = time.monotonic()
@@ -311,8 +384,9 @@ class ChatReply:
 
     def _again(self) -> None:
         if self._started or self._job.submission >= _MAX_SUBMISSIONS:
-            self.abort()
-            raise EngineCrashed("the worker that answered this request died; send it again")
+            died = EngineCrashed("the worker that answered this request died; send it again")
+            self._stop(died)
+            raise died
         log.warning("chat_resubmitted", chat_id=self.id, consumer=self._consumer)
         again = msgspec.structs.replace(self._job, submission=self._job.submission + 1)
         self._queue.send(again)

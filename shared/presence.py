@@ -28,6 +28,15 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
+class GpuReport(msgspec.Struct, frozen=True):
+    """One GPU of a machine. ``utilisation`` is from 0 to 1; None where the driver does not tell."""
+
+    index: int
+    memory_used_bytes: int
+    memory_total_bytes: int
+    utilisation: float | None = None
+
+
 class NodeReport(msgspec.Struct, frozen=True):
     """One machine. ``updated_at`` is in Unix seconds."""
 
@@ -38,6 +47,8 @@ class NodeReport(msgspec.Struct, frozen=True):
     """Each program and its state, e.g. ``{"chat": "ready"}``."""
     obtainable: list[str] = []
     """Models without a ready replica that a request for them brings, or that are being replaced."""
+    gpus: list[GpuReport] = []
+    """All GPUs that the driver knows, whoever uses them."""
 
 
 class Presence:

@@ -8,11 +8,12 @@ lose and duplicate work on Redis; see docs/decisions/0001-tickets-and-leases.md.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import kombu
 import kombu.exceptions
 from celery import Celery
+from kombu.connection import Connection as BrokerConnection
 from kombu.utils.uuid import uuid
 
 from shared.connection import (
@@ -22,6 +23,7 @@ from shared.connection import (
     SOCKET_TIMEOUT_S,
     Connection,
     redis_errors,
+    server_of,
 )
 from shared.errors import QueueUnavailable
 from shared.leases import CONTROL_LANE, model_lane
@@ -45,10 +47,11 @@ def chat_queue(model: str) -> str:
 
 def make_celery(settings: Settings) -> Celery:
     """The Celery application, configured so that it neither loses time nor redelivers."""
-    over_tcp = not settings.redis_url.startswith("unix://")
+    url, password = server_of(settings)
+    over_tcp = not url.startswith("unix://")
     app = Celery("vlmq", set_as_current=False)
     app.conf.update(
-        broker_url=_broker_url(settings.redis_url),
+        broker_url=_broker_url(url),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
@@ -72,6 +75,10 @@ def make_celery(settings: Settings) -> Celery:
         worker_hijack_root_logger=False,
         worker_enable_remote_control=False,
     )
+    if password is not None:
+        # Celery has no setting for it. A password in broker_url would be shown with the settings
+        # and outlive a change of the file.
+        app.amqp.Connection = functools.partial(BrokerConnection, credential_provider=password)
     return app
 
 
@@ -116,7 +123,12 @@ class Tickets:
 
     def waiting(self, queue: str) -> int:
         """How many tickets wait in ``queue``."""
-        return int(self._redis.llen(f"{KEY_PREFIX}{queue}"))
+        return int(self._redis.llen(self.key(queue)))
+
+    @staticmethod
+    def key(queue: str) -> str:
+        """The list in Redis that holds a queue's tickets."""
+        return f"{KEY_PREFIX}{queue}"
 
 
 def _broker_url(url: str) -> str:

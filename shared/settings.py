@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -50,8 +51,23 @@ class RedisSettings(_Section):
     """Which Redis. Without ``url`` an embedded Valkey is started by ``vlmq up``."""
 
     url: str | None = None
+    password_file: Path | None = None
+    """The file that holds the password of ``url``; read again for every connection."""
     server: str | None = None
     """The server program for the embedded Redis; found by itself when not set."""
+
+    @model_validator(mode="after")
+    def _one_password(self) -> RedisSettings:
+        if self.password_file is None:
+            return self
+        if self.url is None:
+            raise ValueError(
+                "password_file needs url: the embedded Valkey has no password, only a socket "
+                "that nobody else can open"
+            )
+        if urlsplit(self.url).password is not None:
+            raise ValueError("give the password in url or in password_file, not in both")
+        return self
 
 
 class ApiSettings(_Section):
@@ -68,6 +84,9 @@ class ApiSettings(_Section):
     request_timeout_s: Seconds = 600
     max_waiting_chats: Count = 2048
     """Chat requests that may wait or run at once; more get 429."""
+    metrics_readers: Literal["metrics", "owners", "anyone"] = "metrics"
+    """Who may read ``/metrics`` once there are API keys: the owner of that name, every key's owner,
+    or whoever reaches the server. Without keys it is this machine, as for everything."""
 
 
 class QueueSettings(_Section):
@@ -108,6 +127,9 @@ class ImageSettings(_Section):
     allow_private_hosts: tuple[str, ...] = ()
     """Hosts on private networks that images may be fetched from, such as an image server's."""
     fetch_timeout_s: Seconds = 15
+    scaling: Literal["fast", "exact", "engine"] = "fast"
+    """How images become a model's tiles: JPEGs decoded at reduced size, every pixel decoded as in
+    the model's published preprocessing, or left to the engine."""
     max_redirects: Annotated[int, Field(ge=0)] = 3
 
 

@@ -23,7 +23,7 @@ _NAME = re.compile(r"(?P<chunk>\d{8})-(?P<token>\d{10})\.shard")
 
 
 class ShardHeader(msgspec.Struct, frozen=True):
-    """What a shard holds: bytes and lines of each part, and the tokens they cost."""
+    """What a shard holds: bytes and lines of each part, and the tokens and images of its answers."""
 
     output_bytes: int
     error_bytes: int
@@ -31,6 +31,7 @@ class ShardHeader(msgspec.Struct, frozen=True):
     failed: int
     prompt_tokens: int
     completion_tokens: int
+    images: int = 0
 
 
 def shard_path(batch_dir: Path, chunk: int, token: int) -> Path:

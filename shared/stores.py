@@ -8,6 +8,7 @@ from shared.batches import BatchStore
 from shared.chats import ChatQueue
 from shared.connection import Connection, connect
 from shared.files import FileStore
+from shared.gauges import GaugeReader
 from shared.idempotency import IdempotencyStore
 from shared.keys import KeyStore
 from shared.leases import Leases
@@ -48,12 +49,13 @@ class Stores:
         self.chats = ChatQueue(
             client, self.tickets, self.presence, max_open=settings.api.max_waiting_chats
         )
+        self.gauges = GaugeReader(client, self.presence, self.tickets)
         self.idempotency = IdempotencyStore(client)
 
     @classmethod
     def connect(cls, settings: Settings) -> Stores:
         """Stores on the configured Redis; the first command connects."""
-        return cls(settings, connect(settings.redis_url))
+        return cls(settings, connect(settings))
 
     def rebuild(self) -> RebuildReport:
         """Put back into Redis what shared storage holds and Redis lacks."""

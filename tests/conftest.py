@@ -13,6 +13,7 @@ import pytest
 
 from shared.settings import Settings, load_settings, with_overrides
 from shared.stores import Stores
+from tests.locked_valkey import LockedValkey, running_locked_valkey
 from tests.running_node import RunningNode, running_node, wait_for
 from workers import redis_server
 
@@ -42,6 +43,13 @@ def redis_server_url() -> Iterator[str]:
         finally:
             server.terminate()
             server.wait(timeout=20)
+
+
+@pytest.fixture(scope="session")
+def locked_valkey() -> Iterator[LockedValkey]:
+    """A Valkey with a password, shared by tests that leave both as they were."""
+    with running_locked_valkey() as valkey:
+        yield valkey
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def wait_for_states(node: RunningNode, model: str, *expected: str) -> None:
         lambda: states(node, model) == list(expected),
         f"{model} to be {expected}",
         LIMIT_S,
-        lambda: f"{replicas(node, model)}\n{node._why_not()}",
+        lambda: f"{replicas(node, model)}\n{node.story()}",
     )
 
 

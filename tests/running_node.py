@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 
 from shared.settings import Settings, load_settings
 from shared.stores import Stores
+
+if TYPE_CHECKING:
+    import openai
 
 ECHO = {"model": "echo", "engine": "echo", "options": {"faults": True}}
 START_LIMIT_S = 60.0
@@ -44,6 +46,9 @@ class RunningNode:
 
     def sdk(self, api_key: str = "unused", **options: Any) -> openai.OpenAI:
         """The unmodified SDK."""
+        # Only here, so that nodes can be started where the SDK is not installed.
+        import openai
+
         return openai.OpenAI(base_url=self.base_url, api_key=api_key, **options)
 
     @property
@@ -55,11 +60,11 @@ class RunningNode:
 
     def start(self) -> None:
         """Start the node and wait until it serves everything."""
-        self.start_without_waiting()
-        wait_for(self._is_up, "the node to be up", START_LIMIT_S, self._why_not)
+        self.launch()
+        wait_for(self.is_up, "the node to be up", START_LIMIT_S, self.story)
 
-    def start_without_waiting(self) -> None:
-        """Start the node, whatever becomes of it."""
+    def launch(self) -> None:
+        """Start the node; ``is_up`` says when it serves."""
         log = open(self.folder / "node.log", "ab")  # noqa: SIM115 - the child keeps it
         self.process = subprocess.Popen(
             [sys.executable, "-m", "workers.node", "--config", str(self.config)],
@@ -116,12 +121,11 @@ class RunningNode:
         [pid] = self.pids("valkey-server")
         return pid
 
-    def _is_up(self) -> bool:
+    def is_up(self) -> bool:
+        """Whether some replica of every model answers. Raises: AssertionError if the node exited."""
         assert self.process is not None
         if self.process.poll() is not None:
-            raise AssertionError(
-                f"the node exited with {self.process.returncode}:\n{self._why_not()}"
-            )
+            raise AssertionError(f"the node exited with {self.process.returncode}:\n{self.story()}")
         try:
             if httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=5).status_code != 200:
                 return False
@@ -129,7 +133,8 @@ class RunningNode:
             return False
         return all(self.stores.presence.obtainable(s.model) for s in self.settings.node.serve)
 
-    def _why_not(self) -> str:
+    def story(self) -> str:
+        """The end of what the node told."""
         return (self.folder / "node.log").read_text()[-4000:]
 
 
@@ -170,6 +175,7 @@ def running_node(
     *,
     models: tuple[dict[str, Any], ...] = (ECHO,),
     checkpoints: dict[str, Path] | None = None,
+    trust_remote_code: bool = False,
     start: bool = True,
     **sections: dict[str, Any],
 ) -> Iterator[RunningNode]:
@@ -196,7 +202,9 @@ def running_node(
     try:
         for model in models:
             path = (checkpoints or {}).get(model["model"])
-            node.stores.models.link(model["model"], path, engine=model["engine"])
+            node.stores.models.link(
+                model["model"], path, engine=model["engine"], trust_remote_code=trust_remote_code
+            )
         if start:
             node.start()
         yield node

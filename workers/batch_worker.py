@@ -130,6 +130,7 @@ class BatchWorker:
             run_control_unit(lease, self._stores, self._keeper)
 
     def _run_chunk(self, lease: Lease) -> None:
+        flight = self._flight(lease.model)
         run = ChunkRun(
             lease,
             batch_dir=self._stores.batches.folder(lease.batch_id),
@@ -137,8 +138,8 @@ class BatchWorker:
             model=self._model(lease.model),
             knows_model=lambda name: self._stores.models.knows(name, lease.spec.owner),
             settings=self._settings,
-            flight=self._flight(lease.model),
-            read_image=self._images.reader(lease.spec.owner),
+            flight=flight,
+            read_image=self._images.reader(lease.spec.owner, lambda: flight.tiling),
             keep_going=self._check,
         )
         if self._commit(lease, run.run()):

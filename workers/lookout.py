@@ -33,7 +33,7 @@ class Lookout:
         self.records: dict[str, ModelRecord] = {}
         """Linked models by name; empty until they were read once."""
         self._on_demand = tuple(on_demand)
-        self._redis = connect(settings.redis_url, max_connections=2)
+        self._redis = connect(settings, max_connections=2)
         self._leases = Leases(self._redis, Scripts(self._redis), ttl_s=settings.queue.lease_ttl_s)
         self._registry = ModelRegistry(Layout(settings.data_dir))
         self._closing = threading.Event()

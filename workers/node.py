@@ -24,7 +24,7 @@ from types import FrameType
 from typing import NoReturn
 
 from shared.clock import unix_now
-from shared.connection import connect
+from shared.connection import connect, server_of
 from shared.errors import ConfigurationError, QueueUnavailable, StorageFailed, VlmqError
 from shared.ids import new_id
 from shared.keys import KeyStore
@@ -35,6 +35,7 @@ from shared.settings import ServeSettings, Settings, load_settings, snapshot, wi
 from shared.storage import Layout, write_json
 from workers import redis_server
 from workers.fleet import Fleet
+from workers.gpus import GpuWatch
 from workers.inference.engines.wire import socket_path
 from workers.locks import exclusive
 from workers.logfiles import log_path, safe_name
@@ -97,6 +98,7 @@ class Node:
         self._hurry = False
         self._announcer: Announcer | None = None
         self._told_ready = False
+        self._gpus = GpuWatch()
 
     def run(self) -> int:
         """Start what the roles say, watch it until SIGTERM or SIGINT, stop it in order.
@@ -166,6 +168,7 @@ class Node:
                 say=story.say,
             )
             self._fleet.tick()
+            self._gpus.start()
         for role in ("reaper", "batch", "chat", "api"):
             if role in self._roles:
                 self._start(role, programs.of_role(role))
@@ -241,6 +244,7 @@ class Node:
             replicas=fleet.reports() if fleet is not None else [],
             programs=programs,
             obtainable=fleet.obtainable() if fleet is not None else [],
+            gpus=self._gpus.latest(),
         )
 
     def _watch(self) -> None:
@@ -422,7 +426,7 @@ class Announcer:
     """
 
     def __init__(self, settings: Settings, report: Callable[[], NodeReport]) -> None:
-        self._redis = connect(settings.redis_url, max_connections=2)
+        self._redis = connect(settings, max_connections=2)
         self._presence = Presence(self._redis)
         self._node = settings.node.name
         self._report = report
@@ -513,7 +517,8 @@ def healthy(host: str, port: int) -> bool:
 
 
 def _require_redis(settings: Settings) -> None:
-    """Raise ConfigurationError if nothing says where Redis is."""
+    """Raise ConfigurationError if nothing says where Redis is, or its password cannot be read."""
+    server_of(settings)
     if settings.redis.url is not None or "redis" in settings.node.roles:
         return
     if not redis_server.answers(redis_server.socket_path(settings)):

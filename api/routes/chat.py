@@ -44,6 +44,7 @@ def _submit(asked: ChatRequest, body: bytes) -> Reading:
         model=asked.model,
         body=body,
         timeout_s=stores.settings.api.request_timeout_s,
+        images=asked.image_count,
     )
     return Reading(reply, Client(request.environ))
 

@@ -138,7 +138,7 @@ def _missing_batches(settings: Settings) -> int:
     # Only this needs the batches' store, and with it Celery.
     from shared.rebuild import missing_batches
 
-    client = connect(settings.redis_url)
+    client = connect(settings)
     try:
         return missing_batches(client, Layout(settings.data_dir))
     finally:

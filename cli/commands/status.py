@@ -11,8 +11,10 @@ from cli.options import connect, json_option, local_options, read_settings, serv
 from cli.output import note, print_json, print_table
 from shared.connection import connect as connect_redis
 from shared.errors import QueueUnavailable
-from shared.presence import NodeReport, Presence
+from shared.presence import NODE_TTL_S, NodeReport, Presence
 from shared.settings import Settings
+
+_AILING = frozenset({"starting", "restarting", "failed"})
 
 
 @click.command()
@@ -40,13 +42,51 @@ def status(
 
 def live_nodes(settings: Settings) -> list[NodeReport] | None:
     """The nodes that are alive, or None when Redis cannot be asked from here."""
-    client = connect_redis(settings.redis_url, max_connections=1)
+    client = connect_redis(settings, max_connections=1)
     try:
         return Presence(client).nodes()
     except QueueUnavailable:
         return None
     finally:
         client.close()
+
+
+@click.command()
+@local_options
+def health(config: Path | None, data_dir: Path | None) -> None:
+    """Say whether this machine's node is well; exits with 1 if not. For probes of 'vlmq worker'.
+
+    It is well when it has reported to Redis within the last seconds and none of its programs has
+    failed, is restarting or still starting.
+    """
+    settings = read_settings(config, data_dir)
+    client = connect_redis(settings, max_connections=1)
+    try:
+        nodes = Presence(client).nodes()
+    finally:
+        client.close()
+    name = settings.node.name
+    ailments = _ailments([node for node in nodes if node.node == name], name)
+    if ailments:
+        raise click.ClickException("; ".join(ailments))
+    click.echo(f"{name}: everything is ready")
+
+
+def _ailments(nodes: list[NodeReport], name: str) -> list[str]:
+    if not nodes:
+        return [f"no node '{name}' has reported within the last {NODE_TTL_S:g} s"]
+    return [
+        f"{program} {state}{detail}"
+        for node in nodes
+        for program, state, detail in (
+            *((program, state, "") for program, state in node.programs.items()),
+            *(
+                (f"{r.model}/{r.replica}", r.state, f" ({r.detail})" if r.detail else "")
+                for r in node.replicas
+            ),
+        )
+        if state in _AILING
+    ]
 
 
 def _api(url: str, api_key: str | None) -> tuple[bool, dict[str, object]]:

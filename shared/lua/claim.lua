@@ -23,6 +23,8 @@ local function grant(id, unit)
   redis.call('HSET', key(id, 'leases'), unit, token .. ' ' .. worker)
   redis.call('ZADD', P .. 'leases', now + ttl, member)
   redis.call('SADD', P .. 'held:' .. worker, member)
+  redis.call('HSET', key(id), 'touched', now)
+  recount(id)
   local attempts = redis.call('HGET', key(id, 'attempts'), unit)
   return { id, unit, token, tonumber(attempts or 0), field(id, 'spec'), field(id, 'model') or '' }
 end

@@ -1,5 +1,6 @@
 -- A chunk's shard is on disk under its token.
--- ARGV: id, chunk, token, completed, failed, prompt tokens, completion tokens, problem JSON...
+-- ARGV: id, chunk, token, completed, failed, prompt tokens, completion tokens, images,
+-- problem JSON...
 -- -> nil if the lease was lost; 1 if this ended the work on chunks; else 0.
 local id, chunk, token = ARGV[1], ARGV[2], ARGV[3]
 if not holds(id, chunk, token) then
@@ -18,8 +19,16 @@ redis.call('HINCRBY', key(id), 'failed', ARGV[5])
 redis.call('HINCRBY', key(id), 'prompt_tokens', ARGV[6])
 redis.call('HINCRBY', key(id), 'completion_tokens', ARGV[7])
 redis.call('HDEL', key(id), 'warning')
-for i = 8, #ARGV do
+for i = 9, #ARGV do
   if redis.call('LLEN', key(id, 'problems')) >= MAX_PROBLEMS then break end
   redis.call('RPUSH', key(id, 'problems'), ARGV[i])
 end
-return settle(id) and 1 or 0
+local model = field(id, 'model')
+count(ARGV[4], 'vlmq_batch_items_total', model, 'completed')
+count(ARGV[5], 'vlmq_batch_items_total', model, 'failed')
+count(ARGV[6], 'vlmq_tokens_total', model, 'batch', 'prompt')
+count(ARGV[7], 'vlmq_tokens_total', model, 'batch', 'completion')
+count(ARGV[8], 'vlmq_images_total', model, 'batch')
+local ended = settle(id)
+recount(id)
+return ended and 1 or 0

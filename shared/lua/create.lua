@@ -2,10 +2,13 @@
 local id, owner, spec, input, created_ms, expires_at = unpack(ARGV)
 if redis.call('EXISTS', key(id)) == 1 then return 0 end
 redis.call('HSET', key(id), 'owner', owner, 'spec', spec, 'state', 'validating', 'next', 0,
-  'chunks', 0, 'committed', 0, 'token', 0)
+  'chunks', 0, 'committed', 0, 'token', 0, 'created_ms', created_ms)
 redis.call('ZADD', P .. 'batches:' .. owner, created_ms, id)
 redis.call('ZADD', P .. 'deadlines', expires_at, id)
 redis.call('SADD', P .. 'users:' .. input, id)
 enter_lane(id, CONTROL)
 offer(id, 'plan', 0)
+enter_state(id, 'validating')
+count(1, 'vlmq_batches_created_total')
+recount(id)
 return 1

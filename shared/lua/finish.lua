@@ -3,6 +3,10 @@
 local id, token, input, state, output, errors, completed, failed = unpack(ARGV)
 if not holds(id, 'final', token) then return 0 end
 drop_lease(id, 'final')
+local model = field(id, 'model')
+if model then
+  count(failed - (field(id, 'failed') or 0), 'vlmq_batch_items_total', model, 'never_run')
+end
 redis.call('HSET', key(id), 'output_file_id', output, 'error_file_id', errors,
   'completed', completed, 'failed', failed)
 redis.call('HDEL', key(id), 'warning')
@@ -13,4 +17,5 @@ redis.call('ZREM', P .. 'deadlines', id)
 redis.call('SREM', P .. 'users:' .. input, id)
 redis.call('DEL', key(id, 'retry'), key(id, 'attempts'), key(id, 'leases'),
   key(id, 'commits'))
+recount(id)
 return 1

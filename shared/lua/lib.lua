@@ -22,6 +22,22 @@ local function field(id, name)
   return value
 end
 
+-- Count an event in the metric's field of the hash that shared/metrics.py describes.
+local function count(by, ...)
+  if tonumber(by) ~= 0 then
+    redis.call('HINCRBY', P .. 'metrics', table.concat({ ... }, '|'), by)
+  end
+end
+
+local function is_terminal(state)
+  return next(TRANSITIONS[state]) == nil
+end
+
+-- Batches that have not ended are in the set of their state.
+local function enter_state(id, state)
+  if not is_terminal(state) then redis.call('SADD', P .. 'state:' .. state, id) end
+end
+
 local function leave_lane(id)
   local lane = field(id, 'lane')
   if not lane then return end
@@ -41,7 +57,7 @@ local function enter_lane(id, lane)
   leave_lane(id)
   local owner = field(id, 'owner')
   local owners = P .. 'owners:' .. lane
-  redis.call('HSET', key(id), 'lane', lane)
+  redis.call('HSET', key(id), 'lane', lane, 'touched', now_ms())
   redis.call('LPUSH', P .. 'lane:' .. lane .. '|' .. owner, id)
   if not redis.call('LPOS', owners, owner) then redis.call('LPUSH', owners, owner) end
   redis.call('SADD', P .. 'lanes', lane)
@@ -54,6 +70,9 @@ local function transition(id, to)
   local at = math.floor(now_ms() / 1000)
   redis.call('HSET', key(id), 'state', to, to .. '_at', at)
   redis.call('RPUSH', key(id, 'events'), cjson.encode({ at = at, from = from, to = to }))
+  redis.call('SREM', P .. 'state:' .. from, id)
+  enter_state(id, to)
+  if is_terminal(to) then count(1, 'vlmq_batches_ended_total', to) end
   return true
 end
 
@@ -94,4 +113,43 @@ end
 
 local function holds(id, unit, token)
   return holder(id, unit) == tonumber(token)
+end
+
+-- What a batch adds to its lane's units that wait and that are held, and to the lane's batches that
+-- wait by age ("created") and by when something of them was last taken ("touched"). Every script
+-- that changes a batch ends with it. Asking is then one look per lane, however many batches there are.
+local function recount(id)
+  local lane, state = field(id, 'lane'), field(id, 'state')
+  local waiting, held = 0, 0
+  if lane then
+    held = redis.call('HLEN', key(id, 'leases'))
+    if state == 'finalizing' or not field(id, 'stop_reason') then
+      waiting = redis.call('ZCARD', key(id, 'retry'))
+      if state == 'in_progress' then
+        waiting = waiting + tonumber(field(id, 'chunks')) - tonumber(field(id, 'next'))
+      end
+    end
+  end
+  local function change(of, by_waiting, by_held)
+    redis.call('HINCRBY', P .. 'waiting', of, by_waiting)
+    redis.call('HINCRBY', P .. 'held', of, by_held)
+  end
+  local before = field(id, 'counted_in')
+  if before then
+    change(before, -tonumber(field(id, 'counted_waiting')), -tonumber(field(id, 'counted_held')))
+    if before ~= lane or waiting == 0 then
+      redis.call('ZREM', P .. 'created:' .. before, id)
+      redis.call('ZREM', P .. 'touched:' .. before, id)
+    end
+  end
+  if not lane then
+    redis.call('HDEL', key(id), 'counted_in', 'counted_waiting', 'counted_held', 'touched')
+    return
+  end
+  change(lane, waiting, held)
+  redis.call('HSET', key(id), 'counted_in', lane, 'counted_waiting', waiting, 'counted_held', held)
+  if waiting > 0 then
+    redis.call('ZADD', P .. 'created:' .. lane, field(id, 'created_ms') or now_ms(), id)
+    redis.call('ZADD', P .. 'touched:' .. lane, field(id, 'touched') or now_ms(), id)
+  end
 end

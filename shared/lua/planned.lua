@@ -9,4 +9,5 @@ if not field(id, 'stop_reason') then
   enter_lane(id, 'model/' .. model)
 end
 settle(id)
+recount(id)
 return 1

@@ -1,6 +1,7 @@
 -- Take expired leases back, and those of workers known to be dead. ARGV: worker... -> {member...}.
 local now = now_ms()
 local lost = redis.call('ZRANGEBYSCORE', P .. 'leases', '-inf', now, 'LIMIT', 0, 1000)
+local expired = #lost
 for _, worker in ipairs(ARGV) do
   for _, member in ipairs(redis.call('SMEMBERS', P .. 'held:' .. worker)) do
     lost[#lost + 1] = member
@@ -8,13 +9,15 @@ for _, worker in ipairs(ARGV) do
   redis.call('DEL', P .. 'held:' .. worker)
 end
 local taken = {}
-for _, member in ipairs(lost) do
+for number, member in ipairs(lost) do
   local id, unit = string.match(member, '^([^|]+)|(.+)$')
   if holder(id, unit) then
     drop_lease(id, unit)
     redis.call('HINCRBY', key(id, 'attempts'), unit, 1)
     offer(id, unit, 0)
     settle(id)
+    recount(id)
+    count(1, 'vlmq_leases_reaped_total', number > expired and 'worker_died' or 'expired')
     taken[#taken + 1] = member
   else
     redis.call('ZREM', P .. 'leases', member)

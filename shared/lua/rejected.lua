@@ -10,4 +10,5 @@ redis.call('ZADD', P .. 'ended', math.floor(now_ms() / 1000), id)
 redis.call('ZREM', P .. 'deadlines', id)
 redis.call('SREM', P .. 'users:' .. input, id)
 redis.call('DEL', key(id, 'retry'), key(id, 'attempts'))
+recount(id)
 return 1

@@ -7,4 +7,5 @@ if warning ~= '' then redis.call('HSET', key(id), 'warning', warning) end
 if counts == '1' then redis.call('HINCRBY', key(id, 'attempts'), unit, 1) end
 offer(id, unit, now_ms() + tonumber(delay))
 settle(id)
+recount(id)
 return 1

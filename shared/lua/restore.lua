@@ -3,6 +3,7 @@
 -- problems (JSON list), missing chunks (JSON list), then field, value... of the record -> 1 or 0.
 local id, input, created_ms, expires_at, terminal, commits = unpack(ARGV)
 if redis.call('EXISTS', key(id)) == 1 then return 0 end
+redis.call('HSET', key(id), 'created_ms', created_ms)
 for i = 9, #ARGV, 2 do redis.call('HSET', key(id), ARGV[i], ARGV[i + 1]) end
 for _, problem in ipairs(cjson.decode(ARGV[7])) do
   redis.call('RPUSH', key(id, 'problems'), problem)
@@ -18,5 +19,7 @@ for _, chunk in ipairs(cjson.decode(ARGV[8])) do offer(id, tostring(chunk), 0) e
 redis.call('ZADD', P .. 'deadlines', expires_at, id)
 redis.call('SADD', P .. 'users:' .. input, id)
 enter_lane(id, 'model/' .. field(id, 'model'))
+enter_state(id, field(id, 'state'))
 settle(id)
+recount(id)
 return 1

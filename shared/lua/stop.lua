@@ -12,5 +12,6 @@ if not field(id, 'stop_reason') and state ~= 'finalizing' then
 end
 redis.call('ZREM', P .. 'deadlines', id)
 settle(id)
+recount(id)
 if state == 'finalizing' and not field(id, 'stop_reason') then return 'late' end
 return 'ok'

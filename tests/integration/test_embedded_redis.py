@@ -66,7 +66,7 @@ def test_what_was_written_survives_kill_9(
 ) -> None:
     """Given a value, when the server is killed and started again, then the value is there."""
     server = start(settings, servers)
-    client = connect(settings.redis_url)
+    client = connect(settings)
     client.set("vlmq:test", b"kept")
     server.send_signal(signal.SIGKILL)
     server.wait()
@@ -81,7 +81,7 @@ def test_it_is_set_up_to_lose_nothing_and_to_be_private(
 ) -> None:
     """Append-only, never evicting, no TCP port, a socket for this user only."""
     start(settings, servers)
-    client = connect(settings.redis_url)
+    client = connect(settings)
     wanted = {
         "appendonly": "yes",
         "appendfsync": "everysec",

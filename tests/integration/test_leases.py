@@ -21,12 +21,14 @@ from hypothesis.stateful import (
 from shared.errors import IllegalTransition, LeaseLost
 from shared.jobs import Batch, BatchState
 from shared.leases import CONTROL_LANE, FINAL, PLAN, Lease
+from shared.metrics import BATCH_ITEMS, counted
 from shared.shards import ShardHeader
 from shared.stores import Stores
 from tests.conftest import connected, store_settings
 from tests.faults.batches import numbered
 from tests.stored_batches import (
     LANE,
+    MODEL,
     claim,
     commit,
     jsonl,
@@ -455,6 +457,33 @@ class LeaseMachine(RuleBasedStateMachine):
         assert not waiting & set(self.ended)
         members = {member.decode() for member in self.stores.redis.zrange("vlmq:leases", 0, -1)}
         assert members == {f"{lease.batch_id}|{lease.unit}" for lease in self.held}
+
+    @invariant()
+    def gauges_match(self) -> None:
+        """What is counted as waiting and held is what a walk over all batches finds."""
+        found = [self._batch(batch_id) for batch_id in self.batches]
+        running = [batch for batch in found if batch.state == BatchState.IN_PROGRESS]
+        left = {
+            batch.id: batch.chunks
+            - sum(1 for owner_id, _ in self.committed if owner_id == batch.id)
+            - sum(1 for lease in self.held if lease.batch_id == batch.id)
+            for batch in running
+            if batch.stop_reason is None
+        }
+        gauges = self.stores.gauges.read()
+        lane = gauges.lanes[MODEL]
+        assert lane.waiting == sum(left.values())
+        assert lane.waiting == self.stores.leases.demand(LANE, limit=10_000)
+        assert lane.held == len(self.held) == gauges.leases_held
+        assert gauges.control.waiting == sum(1 for b in found if b.state == BatchState.FINALIZING)
+        waiting = {batch_id.encode() for batch_id, count in left.items() if count}
+        for index in ("created", "touched"):
+            assert set(self.stores.redis.zrange(f"vlmq:{index}:{LANE}", 0, -1)) == waiting
+        assert gauges.batches == {
+            state: sum(1 for batch in found if batch.state == state) for state in gauges.batches
+        }
+        items = counted(gauges.counters, BATCH_ITEMS)
+        assert items.get((MODEL, "completed"), 0) == len(self.committed)
 
     @invariant()
     def what_is_all_done_is_finalized_and_nothing_else(self) -> None:

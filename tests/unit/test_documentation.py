@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from cli.main import vlmq
 from shared.errors import BY_CODE, VlmqError
 from shared.jobs import TRANSITIONS
+from shared.metrics import METRICS
 from shared.settings import Settings
 from shared.statuses import status_of
 
@@ -26,6 +27,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "ARCHITECTURE.md",
     ROOT / "docs" / "api.md",
+    ROOT / "docs" / "metrics.md",
     *sorted((ROOT / "docs" / "decisions").glob("*.md")),
 ]
 
@@ -194,6 +196,17 @@ def test_the_table_of_states_is_the_one_in_the_code() -> None:
     assert documented == {
         state.value: {to.value for to in following} for state, following in TRANSITIONS.items()
     }
+
+
+def test_every_metric_is_documented_as_it_is() -> None:
+    """The table of docs/metrics.md is that of the code: names, kinds, labels, help."""
+    documented = [
+        (quoted(name), kind, re.findall(r"`(\w+)`", labels), text)
+        for name, kind, labels, text in rows_under(
+            (ROOT / "docs" / "metrics.md").read_text(), "Metric"
+        )
+    ]
+    assert documented == [(m.name, m.kind, list(m.labels), m.help) for m in METRICS]
 
 
 def test_the_file_map_is_complete() -> None:

@@ -15,13 +15,12 @@ from shared.errors import ImageTruncated, ImageUnreadable
 from workers.inference.engines.base import Image
 from workers.inference.internvl.preprocess import (
     decode,
-    grid_of,
-    grids,
     open_image,
-    tile_count,
     tiles_of,
+    tiling_of,
 )
 from workers.inference.internvl.synthesis import INTERNVL2_2B, TINY
+from workers.inference.tiling import grid_of, grids, tile_count
 
 
 def _noise(width: int, height: int, seed: int = 0) -> Pillow.Image:
@@ -52,8 +51,8 @@ def test_the_grid_is_the_published_one(
     size: tuple[int, int], grid: tuple[int, int], tiles: int
 ) -> None:
     """Closest aspect ratio; of equally close ones the larger if the picture fills half of it."""
-    assert grid_of(*size, INTERNVL2_2B) == grid
-    assert tile_count(*size, INTERNVL2_2B) == tiles
+    assert grid_of(*size, tiling_of(INTERNVL2_2B)) == grid
+    assert tile_count(*size, tiling_of(INTERNVL2_2B)) == tiles
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 12))
@@ -61,7 +60,7 @@ def test_the_grid_is_the_published_one(
 def test_no_allowed_grid_fits_better_than_the_chosen(width: int, height: int, most: int) -> None:
     """Whatever the picture, the grid is allowed and its aspect ratio the closest there is."""
     config = replace(INTERNVL2_2B, max_dynamic_patch=most)
-    columns, rows = grid_of(width, height, config)
+    columns, rows = grid_of(width, height, tiling_of(config))
     assert 1 <= columns * rows <= most
     aspect = width / height
     closest = min(abs(aspect - c / r) for c, r in grids(1, most))
@@ -70,8 +69,8 @@ def test_no_allowed_grid_fits_better_than_the_chosen(width: int, height: int, mo
 
 def test_low_detail_and_static_models_use_one_tile() -> None:
     """One tile, no thumbnail, whatever the size."""
-    assert tile_count(1920, 1080, INTERNVL2_2B, "low") == 1
-    assert tile_count(1920, 1080, replace(INTERNVL2_2B, dynamic_image_size=False)) == 1
+    assert tile_count(1920, 1080, tiling_of(INTERNVL2_2B), "low") == 1
+    assert tile_count(1920, 1080, tiling_of(replace(INTERNVL2_2B, dynamic_image_size=False))) == 1
     assert len(tiles_of(_noise(300, 120), TINY, "low")) == 1
 
 
@@ -79,7 +78,7 @@ def test_tiles_are_crops_of_the_scaled_picture_and_the_thumbnail_is_last() -> No
     """Row by row, then the whole picture at a tile's size, all by bicubic scaling."""
     picture = _noise(230, 110)
     side = TINY.tile_px
-    columns, rows = grid_of(230, 110, TINY)
+    columns, rows = grid_of(230, 110, tiling_of(TINY))
     scaled = picture.resize((columns * side, rows * side), Pillow.Resampling.BICUBIC)
     tiles = tiles_of(picture, TINY)
     assert len(tiles) == columns * rows + 1 > 2

@@ -28,16 +28,15 @@ from shared.errors import (
     VlmqError,
 )
 from workers.inference.engines.base import EngineSpec, Image, Prompt, Sampling, Turn
-from workers.inference.engines.lmdeploy_engine import (
-    LmdeployEngine,
+from workers.inference.engines.lmdeploy_engine import LmdeployEngine, error_for
+from workers.inference.engines.lmdeploy_loading import check_remote_code
+from workers.inference.engines.lmdeploy_options import (
     Options,
     backend_settings,
-    check_remote_code,
-    error_for,
     generation_settings,
-    messages_of,
     read_options,
 )
+from workers.inference.engines.lmdeploy_prompts import messages_of
 
 
 def file_of(width: int = 8, height: int = 8, kind: str = "PNG") -> bytes:

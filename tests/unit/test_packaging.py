@@ -7,10 +7,13 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -50,6 +53,67 @@ def test_a_front_program_leaves_torch_alone(module: str) -> None:
 def test_a_consumer_leaves_flask_alone() -> None:
     """Only the API is a web application."""
     assert imported_after("import workers.consumer") & {"flask", "gunicorn"} == set()
+
+
+def test_redis_is_reached_in_one_way() -> None:
+    """``connect(settings)``: whoever took ``redis_url`` himself would miss the password's file."""
+    takers = {
+        str(path.relative_to(ROOT))
+        for package in ("api", "workers", "shared", "cli")
+        for path in (ROOT / package).rglob("*.py")
+        if "redis_url" in path.read_text()
+    }
+    assert takers == {"shared/connection.py", "shared/settings.py"}
+
+
+def brought_by(requirement: str) -> set[str]:
+    """The distributions that ``pip install`` of ``requirement`` brings here, by canonical name."""
+    found: set[tuple[str, str]] = set()
+    waiting = [Requirement(requirement)]
+    while waiting:
+        wanted = waiting.pop()
+        name = canonicalize_name(wanted.name)
+        for extra in {"", *wanted.extras}:
+            if (name, extra) in found:
+                continue
+            found.add((name, extra))
+            needs = [Requirement(text) for text in metadata.requires(name) or ()]
+            waiting += [
+                need for need in needs if not need.marker or need.marker.evaluate({"extra": extra})
+            ]
+    return {name for name, _ in found}
+
+
+HIDDEN = """
+import sys
+
+class Hide:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in {hidden}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Hide())
+"""
+
+
+def test_an_installation_for_the_api_lacks_nothing() -> None:
+    """What the API's and the workers' programs import is declared, by us or by what we need.
+
+    The environment of the tests has more than that, which is hidden here.
+    """
+    brought = brought_by("vlmq[api]") | {"vlmq"}
+    hidden = {
+        module
+        for module, owners in metadata.packages_distributions().items()
+        if not brought.intersection(map(canonicalize_name, owners))
+    }
+    assert {"torch", "pytest"} <= hidden
+    programs = "api.server, api.wsgi, workers.node, workers.consumer, workers.reaper, cli.main"
+    # Celery looks for its transport by name when it first connects.
+    loaded = imported_after(
+        f"{HIDDEN.format(hidden=hidden)}\nimport {programs}, kombu.transport.redis"
+    )
+    assert {"flask", "celery", "kombu"} <= loaded
 
 
 def test_the_import_rules_hold() -> None:

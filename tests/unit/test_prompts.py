@@ -22,7 +22,7 @@ def read(url: str, detail: str) -> Image:
     """An image for each URL but one."""
     if url == "missing":
         raise ImageNotFound
-    return Image(url.encode(), "file", 1, 2, detail)  # type: ignore[arg-type]
+    return Image(url.encode(), "file", 1, 2, detail, len(url))  # type: ignore[arg-type]
 
 
 def build(messages: list[dict[str, Any]], **fields: Any) -> Prompt:

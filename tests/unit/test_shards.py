@@ -59,7 +59,7 @@ def test_a_shard_may_be_empty_in_either_part(tmp_path: Path) -> None:
 def test_the_largest_numbers_fit_the_header(tmp_path: Path) -> None:
     """It has a fixed length."""
     (tmp_path / "shards").mkdir()
-    header = ShardHeader(0, 0, *[2**63 - 1] * 4)
+    header = ShardHeader(0, 0, *[2**63 - 1] * 5)
     path = shard_path(tmp_path, 99_999_999, 2**32 - 1)
     write_shard(path, header, b"", b"")
     assert read_header(path) == header

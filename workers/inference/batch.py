@@ -113,6 +113,7 @@ class ChunkRun:
         self._problems: list[BatchProblem] = []
         self._prompt_tokens = 0
         self._completion_tokens = 0
+        self._images = 0
         self._created = unix_now()
         self._heard_at = self._answered_at = time.monotonic()
 
@@ -167,6 +168,11 @@ class ChunkRun:
 
     def _ask(self, defaults: ModelDefaults) -> None:
         """Prepare items and keep the engines supplied with them."""
+        # How images are to be cut is said by the engines; without one there is nobody to ask yet.
+        while self._items and not self._flight.connected:
+            self._flight.look(_POLL_S)
+            self._keep_going()
+            self._require_engine()
         group: list[Prompt] = []
         group_bytes = 0
         journal = self._journal()
@@ -310,6 +316,7 @@ class ChunkRun:
         name = item_id(self._lease.batch_id, number)
         self._prompt_tokens += answer.prompt_tokens
         self._completion_tokens += answer.completion_tokens
+        self._images += item.request.body.image_count
         body = completion_body(
             completion_id=f"chatcmpl-{name}",
             created=self._created,
@@ -341,6 +348,7 @@ class ChunkRun:
             failed=len(self._errors),
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
+            images=self._images,
         )
         path = shard_path(self._batch_dir, self._chunk.index, self._lease.token)
         write_shard(path, header, output, errors)

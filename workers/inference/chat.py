@@ -99,23 +99,22 @@ class ChatWorker:
         request = parse_chat_request(job.body)
         client = self._client(job.model)
         if not request.has_images:
-            answer.follow(client, self._prompt(job, request))
+            answer.follow(client, self._prompt(job, request, client))
             return
         with self._room.reading(job.deadline):
-            prompt = self._prompt(job, request)
+            prompt = self._prompt(job, request, client)
         with self._room.holding(sum(len(image.data) for image in prompt.images)):
             answer.follow(client, prompt)
 
-    def _prompt(self, job: ChatJob, request: ChatRequest) -> Prompt:
+    def _prompt(self, job: ChatJob, request: ChatRequest, client: EngineClient) -> Prompt:
         with self._lock:
             self._last_id += 1
             prompt_id = self._last_id
-
         return build_prompt(
             prompt_id,
             request,
             self._stores.models.get(job.model).defaults,
-            self._images.reader(job.owner),
+            self._images.reader(job.owner, client.tiling),
             limits=self._settings.images,
         )
 

@@ -10,16 +10,15 @@ import binascii
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 from urllib.parse import unquote
 
 from shared.errors import ImageForbidden, ImageTooLarge, ImageUnreadable
 from shared.ids import is_id
 from shared.settings import ImageSettings
-from workers.inference.engines.base import Image
+from workers.inference.engines.base import Detail, Image, Tiling
 from workers.inference.image_fetch import ImageFetcher
 from workers.inference.image_files import ImageRoots, read_file, shown
-from workers.inference.images import DecodeRoom, verify
+from workers.inference.images import DecodeRoom, prepare
 
 OpenUpload = Callable[[str], Path]
 """From a file id to its path, if the asker owns it; raises ImageNotFound or ImageForbidden."""
@@ -42,15 +41,13 @@ class ImageReader:
         self._fetcher = fetcher or ImageFetcher(settings)
         self._room = DecodeRoom(settings.max_pixels)
 
-    def read(self, url: str, detail: Literal["auto", "low", "high"] = "auto") -> Image:
-        """The image at ``url``, as its encoded file, with width and height in pixels.
+    def read(self, url: str, detail: Detail = "auto", tiling: Tiling | None = None) -> Image:
+        """The image at ``url``, cut as ``tiling`` says; without one, as its encoded file.
 
         Blocks while it reads. Raises: a subclass of ImageError that says what to do, or
         StorageFailed (retryable) if the disk fails.
         """
-        data = self._load(url)
-        width, height = verify(data, self._settings, self._room)
-        return Image(data, "file", width, height, detail)
+        return prepare(self._load(url), self._settings, tiling, detail, self._room)
 
     def with_uploads(self, open_upload: OpenUpload) -> ImageReader:
         """The same reader, for somebody with other uploads."""

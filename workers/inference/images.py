@@ -1,4 +1,6 @@
-"""Verify an image to its last pixel, so that no engine ever meets a broken one.
+"""Verify an image to its last pixel, and cut it for its engine in the same pass.
+
+No engine ever meets a broken image, and none that says how it wants images cut has to decode one.
 
 The content decides what a file is; its name and its declared type do not count. The format's own
 structure is checked first (``image_structure``), then Pillow decodes the first frame in full. Only
@@ -15,7 +17,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from PIL import ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
@@ -28,6 +30,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from shared.errors import ImageError, ImageTooLarge, ImageTruncated, ImageUnreadable
 from shared.settings import ImageSettings
+from workers.inference.engines.base import Detail, Image, Tiling
 from workers.inference.image_structure import (
     check_jpeg,
     check_pixels,
@@ -36,6 +39,14 @@ from workers.inference.image_structure import (
     check_tiff,
     check_webp,
 )
+from workers.inference.orientation import upright, upright_size
+from workers.inference.tiling import Grid, cut, grid_of
+
+T_co = TypeVar("T_co", covariant=True)
+
+REDUCED_MARGIN = 1.5
+"""How much larger than its tiles a JPEG stays when it is decoded at reduced size: scaled down by
+less, what is left shows that it was scaled twice."""
 
 MAX_READS = 200_000
 """Most reads a decoder may make of one file: bounds the loops of header parsers in Python."""
@@ -75,6 +86,86 @@ def verify(data: bytes, settings: ImageSettings, room: DecodeRoom | None = None)
 
     Raises: ImageUnreadable, ImageTruncated or ImageTooLarge; nothing else, whatever the bytes.
     """
+    return _decoded(data, settings, room, _Whole())
+
+
+def prepare(
+    data: bytes,
+    settings: ImageSettings,
+    tiling: Tiling | None,
+    detail: Detail = "auto",
+    room: DecodeRoom | None = None,
+) -> Image:
+    """Verify an encoded file and make of it what the engine wants: tiles, or the file itself.
+
+    The tiles are those of the upright image. With ``settings.scaling`` ``exact`` they are, pixel
+    for pixel, what the model's published preprocessing makes of it; with ``fast`` a JPEG much
+    larger than its tiles is decoded at a half, a quarter or an eighth of its size, and stays half as
+    large again as they are.
+
+    Raises: as ``verify``.
+    """
+    if tiling is None or settings.scaling == "engine":
+        width, height = verify(data, settings, room)
+        return Image(data, "file", width, height, detail, len(data))
+    tiles = _Tiles(tiling, detail, reduce=settings.scaling == "fast")
+    cut_up, width, height = _decoded(data, settings, room, tiles)
+    return Image(cut_up, "tiles", width, height, detail, len(data))
+
+
+class _Use(Protocol[T_co]):
+    """What is wanted of an image: a word with the decoder, then something made of the pixels."""
+
+    def before(self, image: ImageFile.ImageFile) -> None:
+        """Called with the header read; may ask the decoder for fewer pixels."""
+        ...
+
+    def after(self, image: ImageFile.ImageFile) -> T_co:
+        """Called once with every pixel there."""
+        ...
+
+
+class _Whole(_Use[tuple[int, int]]):
+    """Only to know that it can be decoded."""
+
+    def before(self, image: ImageFile.ImageFile) -> None:
+        """Ask for every pixel."""
+
+    def after(self, image: ImageFile.ImageFile) -> tuple[int, int]:
+        """Width and height."""
+        image.crop((0, 0, 1, 1)).convert("RGB")
+        return image.size
+
+
+class _Tiles(_Use[tuple[bytes, int, int]]):
+    """The tiles of the upright image, and its width and height."""
+
+    def __init__(self, tiling: Tiling, detail: Detail, *, reduce: bool) -> None:
+        self._tiling = tiling
+        self._detail = detail
+        self._reduce = reduce
+        self._size = (0, 0)
+        self._grid: Grid = (1, 1)
+
+    def before(self, image: ImageFile.ImageFile) -> None:
+        """Choose the grid, and let a JPEG be decoded no larger than it needs."""
+        self._size = upright_size(image)
+        self._grid = grid_of(*self._size, self._tiling, self._detail)
+        if self._reduce:
+            side = int(self._tiling.tile_px * REDUCED_MARGIN)
+            wanted = self._grid[0] * side, self._grid[1] * side
+            # In the decoder's own orientation; for other formats than JPEG it does nothing.
+            image.draft(None, wanted if image.size == self._size else wanted[::-1])
+
+    def after(self, image: ImageFile.ImageFile) -> tuple[bytes, int, int]:
+        """Turn, convert, scale and cut."""
+        picture = upright(image).convert("RGB")
+        return cut(picture, self._grid, self._tiling), *self._size
+
+
+def _decoded(
+    data: bytes, settings: ImageSettings, room: DecodeRoom | None, use: _Use[T_co]
+) -> T_co:
     if len(data) > settings.max_bytes:
         raise ImageTooLarge(
             f"the image has {len(data):,} bytes, more than the {settings.max_bytes:,} this server "
@@ -82,7 +173,7 @@ def verify(data: bytes, settings: ImageSettings, room: DecodeRoom | None = None)
         )
     source = _Source(data)
     try:
-        return _decode(source, _sniff(data), settings.max_pixels, room)
+        return _decode(source, _sniff(data), settings.max_pixels, room, use)
     except ImageError:
         raise
     except (DecompressionBombError, MemoryError) as error:
@@ -97,26 +188,22 @@ def verify(data: bytes, settings: ImageSettings, room: DecodeRoom | None = None)
 
 
 def _decode(
-    source: _Source, found: _Format, max_pixels: int, room: DecodeRoom | None
-) -> tuple[int, int]:
+    source: _Source, found: _Format, max_pixels: int, room: DecodeRoom | None, use: _Use[T_co]
+) -> T_co:
     data = source.getvalue()
     found.check(data, max_pixels)
     # Made directly, not through Image.open, which would also try other formats.
     image = found.decoder(source)
     check_pixels(*image.size, max_pixels)
+    use.before(image)
     with room.take(image.width * image.height) if room else nullcontext():
-        _load(image)
+        # Some libraries turn this on for the whole process, and half images would pass as whole
+        # ones. Not restored: other threads may be decoding, and here images are always checked.
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        image.load()
         if found is _PNG and _may_lack_rows(image):
             check_png_rows(data)
-        return image.size
-
-
-def _load(image: ImageFile.ImageFile) -> None:
-    # Some libraries turn this on for the whole process, and half images would pass as whole ones.
-    # Not restored: other threads may be decoding, and in this process images are always checked.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    image.load()
-    image.crop((0, 0, 1, 1)).convert("RGB")
+        return use.after(image)
 
 
 def _may_lack_rows(image: ImageFile.ImageFile) -> bool:

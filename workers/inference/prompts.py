@@ -9,11 +9,11 @@ from shared.chat import ChatRequest, ImagePart, Message
 from shared.errors import ImageError, ImageTooLarge, InvalidValue
 from shared.models import ModelDefaults
 from shared.settings import ImageSettings
-from workers.inference.engines.base import Image, Prompt, Sampling, Turn
+from workers.inference.engines.base import Detail, Image, Prompt, Sampling, Turn
 
 N = TypeVar("N", int, float)
 
-ReadImage = Callable[[str, Literal["auto", "low", "high"]], Image]
+ReadImage = Callable[[str, Detail], Image]
 """Gets an image's URL and detail; raises ImageError."""
 
 
@@ -61,7 +61,7 @@ def _turn(
             )
         try:
             images.append(read_image(part.image_url.url, part.image_url.detail))
-            if sum(len(image.data) for image in images) > limits.max_request_bytes:
+            if sum(image.source_bytes for image in images) > limits.max_request_bytes:
                 raise ImageTooLarge(
                     f"the images of this request are larger than {limits.max_request_bytes} "
                     "bytes together"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from shared.errors import ImageNotFound, NotFound
 from shared.settings import ImageSettings
 from shared.stores import Stores
+from workers.inference.engines.base import Tiling
 from workers.inference.image_sources import ImageReader
 from workers.inference.prompts import ReadImage
 
@@ -18,8 +20,11 @@ class OwnedImages:
         self._stores = stores
         self._images = ImageReader(settings, _no_uploads)
 
-    def reader(self, owner: str) -> ReadImage:
-        """Reads the images that ``owner`` may see. Raises, when called: ImageError."""
+    def reader(self, owner: str, tiling: Callable[[], Tiling | None] = lambda: None) -> ReadImage:
+        """Reads the images that ``owner`` may see, cut as ``tiling`` says at the time.
+
+        Raises, when called: ImageError.
+        """
 
         def open_upload(file_id: str) -> Path:
             try:
@@ -27,7 +32,8 @@ class OwnedImages:
             except NotFound:
                 return _no_uploads(file_id)
 
-        return self._images.with_uploads(open_upload).read
+        images = self._images.with_uploads(open_upload)
+        return lambda url, detail: images.read(url, detail, tiling())
 
     def close(self) -> None:
         """Close idle connections to image servers."""

@@ -19,19 +19,39 @@ from shared.errors import EngineError, VlmqError
 FinishReason = Literal["stop", "length"]
 
 
+Detail = Literal["auto", "low", "high"]
+"""OpenAI's word for how closely an image is looked at; ``low`` is one tile."""
+
+
 class Image(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One verified image.
 
-    ``encoding`` is ``file`` (``data`` is a whole JPEG, PNG, … file, verified to its last pixel) or
-    ``rgb`` (``data`` is ``width * height * 3`` bytes, row by row). ``detail`` is OpenAI's
-    ``auto``, ``low`` (one tile) or ``high``.
+    ``encoding`` says what ``data`` is: ``file``, a whole JPEG, PNG, … file, verified to its last
+    pixel; ``rgb``, ``width * height * 3`` bytes, row by row; ``tiles``, the tiles that the
+    engine's :class:`Tiling` asks for, ``tile_px * tile_px * 3`` bytes each, row by row of the grid,
+    the thumbnail last. ``width`` and ``height`` are those of the upright image, in pixels;
+    ``source_bytes`` is the size of the file it came from, for whoever limits that.
     """
 
     data: bytes
-    encoding: Literal["file", "rgb"] = "file"
+    encoding: Literal["file", "rgb", "tiles"] = "file"
     width: int = 0
     height: int = 0
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Detail = "auto"
+    source_bytes: int = 0
+
+
+class Tiling(msgspec.Struct, frozen=True, array_like=True):
+    """How a model cuts an image into square tiles of ``tile_px`` pixels a side.
+
+    The grid of ``min_tiles`` to ``max_tiles`` whose shape is closest to the image's, and with
+    ``thumbnail``, if there is more than one tile, the whole image once more as a last tile.
+    """
+
+    tile_px: int
+    min_tiles: int = 1
+    max_tiles: int = 1
+    thumbnail: bool = False
 
 
 class Turn(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -101,7 +121,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     ``options`` are the engine's own (for ``echo``: delays and faults), checked by the engine;
     ``session_len`` is in tokens; ``max_running`` is how many requests it should work on at once;
     ``memory_share`` (0 to 1) is the part of each of its GPUs' total memory that this process may
-    use, weights included; None when the node does not divide it.
+    use in all, weights included (None: as it likes).
     """
 
     model: str
@@ -132,6 +152,13 @@ class Engine(Protocol):
         """Answer many prompts, each whole, in any order; failures are answers too.
 
         :func:`complete_each` is the plain way; an engine with a cheaper one offers its own.
+        """
+        ...
+
+    def tiling(self) -> Tiling | None:
+        """How images may be cut for this engine beforehand; None if it wants them as files.
+
+        Asked after ``setup``. An engine that answers with a tiling takes files all the same.
         """
         ...
 

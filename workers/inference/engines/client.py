@@ -31,13 +31,14 @@ from shared.errors import (
 )
 from shared.log import get_logger
 from workers.inference.engines import wire
-from workers.inference.engines.base import Completion, Delta, Prompt
+from workers.inference.engines.base import Completion, Delta, Prompt, Tiling
 from workers.inference.engines.replicas import (
     BUSY_PAUSE_S,
     SCAN_S,
     Replica,
     SocketWatch,
     least_busy,
+    shared_tiling,
 )
 from workers.inference.engines.standby import Standby
 
@@ -150,6 +151,10 @@ class EngineClient:
         pool.call(lambda: found.set_result(pool.status()))
         return found.result()
 
+    def tiling(self) -> Tiling | None:
+        """How the replicas want images cut; None if they want files, or none is known yet."""
+        return self._running_pool().tiling
+
     def close(self) -> None:
         """End all streams with EngineUnavailable and stop the thread."""
         with self._lock:
@@ -217,6 +222,8 @@ class _Pool:
         self._links: dict[Path, _Link] = {}
         self._parked: list[_Stream] = []
         self._last_wire_id = 0
+        self.tiling: Tiling | None = None
+        """What the replicas agree on; read by other threads."""
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="engine-client", daemon=True)
@@ -270,6 +277,7 @@ class _Pool:
             case wire.Hello():
                 link.replica.note(message, self._model)
                 self._watch.greeted(link.path)
+                self.tiling = shared_tiling(known.replica for known in self._links.values())
                 self._place_parked()
             case wire.Load() | wire.Draining():
                 link.replica.note(message, self._model)

@@ -36,6 +36,7 @@ from workers.inference.engines.base import (
     FinishReason,
     Health,
     Prompt,
+    Tiling,
     complete_each,
 )
 from workers.inference.engines.stopping import StopStrings
@@ -47,11 +48,21 @@ _FAULT = re.compile(r"\[\[echo:(?P<name>\w+)(?:=(?P<value>[0-9.]+))?\]\]")
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
+class EchoTiling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A :class:`~workers.inference.engines.base.Tiling` as configuration writes it."""
+
+    tile_px: Annotated[int, msgspec.Meta(ge=1)]
+    min_tiles: Annotated[int, msgspec.Meta(ge=1)] = 1
+    max_tiles: Annotated[int, msgspec.Meta(ge=1)] = 1
+    thumbnail: bool = False
+
+
 class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``delay_s`` is per request, ``token_delay_s`` per token, ``setup_delay_s`` while loading.
 
-    ``fail_with_path`` fails the set-up of whatever has a checkpoint. ``warm_up`` is what becomes of the host's first prompts: ``hang`` never answers, ``block`` does
-    not even let the event loop go on. They have no delays.
+    ``tiling`` lets consumers cut images as for a model with such tiles. ``fail_with_path`` fails the
+    set-up of whatever has a checkpoint. ``warm_up`` is what becomes of the host's first prompts:
+    ``hang`` never answers, ``block`` does not even let the event loop go on. They have no delays.
     """
 
     delay_s: _Seconds = 0.0
@@ -62,6 +73,7 @@ class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warm_up: Literal["answer", "fail", "hang", "block"] = "answer"
     faults: bool = False
     image_tokens: Annotated[int, msgspec.Meta(ge=0)] = 256
+    tiling: EchoTiling | None = None
 
 
 class EchoEngine:
@@ -121,6 +133,13 @@ class EchoEngine:
         if slow:
             async for answer in complete_each(self, slow):
                 yield answer
+
+    def tiling(self) -> Tiling | None:
+        """What the option says; it looks at no image either way."""
+        wanted = self._options.tiling
+        if wanted is None:
+            return None
+        return Tiling(wanted.tile_px, wanted.min_tiles, wanted.max_tiles, wanted.thumbnail)
 
     async def abort(self, prompt_id: int) -> None:
         """End a request at its next pause."""

@@ -26,13 +26,14 @@ from shared.errors import (
 )
 from shared.log import get_logger
 from workers.inference.engines import wire
-from workers.inference.engines.base import Answer, Prompt
+from workers.inference.engines.base import Answer, Prompt, Tiling
 from workers.inference.engines.replicas import (
     BUSY_PAUSE_S,
     SCAN_S,
     Replica,
     SocketWatch,
     least_busy,
+    shared_tiling,
 )
 
 log = get_logger(__name__)
@@ -137,6 +138,17 @@ class Flight:
     def connected(self) -> int:
         """How many replicas take prompts now."""
         return sum(line.replica.ready for line in self._lines.values())
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How the replicas want images cut; None if they want files, or none is connected."""
+        return shared_tiling(line.replica for line in self._lines.values())
+
+    def look(self, timeout_s: float) -> None:
+        """Look for replicas, for so long at most, if none is connected."""
+        deadline_s = time.monotonic() + timeout_s
+        while not self.connected and (left_s := deadline_s - time.monotonic()) > 0:
+            self._turn(min(left_s, SCAN_S))
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         """Send prompts off without waiting for anything.

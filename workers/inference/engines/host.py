@@ -203,6 +203,7 @@ class HostServer:
                 session_len=spec.session_len,
                 max_running=spec.max_running,
                 max_waiting=self._options.max_waiting,
+                tiling=self._engine.tiling(),
             )
         )
         connection.send(self._dispatcher.load())

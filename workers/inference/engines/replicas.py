@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from shared.errors import ConfigurationError
+from workers.inference.engines.base import Tiling
 from workers.inference.engines.wire import VERSION, Draining, Hello, Load
 
 SCAN_S = 0.1
@@ -158,3 +159,9 @@ def least_busy(links: Iterable[L], now_s: float) -> L | None:
     """The link whose replica has room and the least to do."""
     free = [link for link in links if link.replica.room(now_s) > 0]
     return min(free, key=lambda link: link.replica.busyness, default=None)
+
+
+def shared_tiling(replicas: Iterable[Replica[Any]]) -> Tiling | None:
+    """The tiling that all replicas that have greeted us agree on, or None."""
+    found = {replica.hello.tiling for replica in replicas if replica.hello is not None}
+    return found.pop() if len(found) == 1 else None

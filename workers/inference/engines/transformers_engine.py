@@ -30,13 +30,21 @@ from shared.errors import (
     RequestAborted,
     VlmqError,
 )
-from workers.inference.engines.base import Answer, Completion, Delta, EngineSpec, Health, Prompt
+from workers.inference.engines.base import (
+    Answer,
+    Completion,
+    Delta,
+    EngineSpec,
+    Health,
+    Prompt,
+    Tiling,
+)
 from workers.inference.engines.stopping import StopStrings
 from workers.inference.internvl import template
 from workers.inference.internvl.backbone import no_tiles
 from workers.inference.internvl.batch import Batch, Event, Request
 from workers.inference.internvl.load import Loaded, load
-from workers.inference.internvl.preprocess import decode, open_image, tile_count, tiles_of
+from workers.inference.internvl.preprocess import Picture, tiling_of
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +190,10 @@ class TransformersEngine:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def tiling(self) -> Tiling | None:
+        """As the checkpoint's configuration says."""
+        return None if self._loaded is None else tiling_of(self._loaded.config)
+
     async def abort(self, prompt_id: int) -> None:
         """Stop working on a prompt from the next step on; its iterator raises RequestAborted."""
         for flight in self._flights.values():
@@ -281,12 +293,10 @@ class TransformersEngine:
         prompt, config = flight.prompt, loaded.config
         StopStrings(prompt.sampling.stop)  # complains of empty ones before any work is done
         order = _image_order(prompt)
-        opened = {index: open_image(prompt.images[index]) for index in set(order)}
+        pictures = {index: Picture(prompt.images[index], config) for index in set(order)}
         counts = [
-            tile_count(*opened[index].size, config, image.detail) * config.tokens_per_tile
-            if index in opened
-            else 0
-            for index, image in enumerate(prompt.images)
+            pictures[index].tile_count * config.tokens_per_tile if index in pictures else 0
+            for index in range(len(prompt.images))
         ]
         ids = template.encode(template.render(prompt.turns, counts), loaded.vocabulary)
         room = self._session_len - len(ids)
@@ -296,10 +306,7 @@ class TransformersEngine:
                 f"the prompt has {len(ids)} tokens, {images} of them for images; "
                 f"this model's session length is {self._session_len}"
             )
-        cut = {
-            index: tiles_of(decode(picture), config, prompt.images[index].detail)
-            for index, picture in opened.items()
-        }
+        cut = {index: picture.tiles() for index, picture in pictures.items()}
         tiles = np.concatenate([no_tiles(config), *[cut[index] for index in order]])
         limit = max(1, min(prompt.sampling.max_tokens, room))
         return Request(flight.key, ids, tiles, prompt.sampling, limit, flight.streamed)

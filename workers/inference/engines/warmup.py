@@ -20,6 +20,7 @@ from workers.inference.engines.base import (
     Image,
     Prompt,
     Sampling,
+    Tiling,
     Turn,
     as_engine_error,
     collect,
@@ -52,7 +53,8 @@ async def warm_up(engine: Engine, limit_s: float, exit_status: int) -> None:
     Raises: EngineSetupFailed with what went wrong.
     """
     text = Prompt(WARM_UP_ID, [Turn("user", ["Hello"])], _SAMPLING)
-    image = Prompt(WARM_UP_ID, [Turn("user", [0, "Hello"])], _SAMPLING, [_PICTURE])
+    picture = _picture(engine.tiling())
+    image = Prompt(WARM_UP_ID, [Turn("user", [0, "Hello"])], _SAMPLING, [picture])
     with _guard(limit_s, exit_status):
         try:
             async with asyncio.timeout(limit_s):
@@ -60,6 +62,14 @@ async def warm_up(engine: Engine, limit_s: float, exit_status: int) -> None:
                 await _answer(engine, image, "an image", optional=True)
         except TimeoutError:
             raise EngineSetupFailed(_silent(limit_s)) from None
+
+
+def _picture(tiling: Tiling | None) -> Image:
+    """A grey square, in the form in which consumers would send it."""
+    if tiling is None or tiling.min_tiles > 1:
+        return _PICTURE
+    side = tiling.tile_px
+    return Image(b"\x80" * (side * side * 3), "tiles", side, side)
 
 
 async def _answer(engine: Engine, prompt: Prompt, what: str, *, optional: bool = False) -> None:

@@ -18,9 +18,9 @@ from typing import Generic, Literal, TypeVar
 import msgspec
 
 from shared.errors import ConfigurationError, EngineError
-from workers.inference.engines.base import Completion, Prompt
+from workers.inference.engines.base import Completion, Prompt, Tiling
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 TARGET_FRAME_BYTES = 8 * 1024 * 1024
 """Prompts with images are cut into frames of about this size, so that no frame blocks for long."""
@@ -59,7 +59,10 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
-    """The host's first message. ``session_len`` is in tokens, the limits are in prompts."""
+    """The host's first message. ``session_len`` is in tokens, the limits are in prompts.
+
+    ``tiling`` says how images may be cut before they are sent; without it they are sent as files.
+    """
 
     version: int
     model: str
@@ -69,6 +72,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     session_len: int
     max_running: int
     max_waiting: int
+    tiling: Tiling | None = None
 
 
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):

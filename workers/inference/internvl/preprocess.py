@@ -1,15 +1,8 @@
-"""Pictures to tiles, as InternVL2 was trained.
-
-The grid of square tiles that fits best, then a thumbnail of the whole. Needs Pillow and numpy, no
-torch, so consumers may use it too.
-
-Source: the preprocessing published with InternVL 1.5 and 2 (arXiv 2404.16821, section 3.3).
-"""
+"""Pictures to arrays of tiles, as InternVL2 was trained; how they are cut is in ``tiling``."""
 
 from __future__ import annotations
 
 import io
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,75 +10,74 @@ from PIL import Image as Pillow
 from PIL import UnidentifiedImageError
 
 from shared.errors import ImageError, ImageTooLarge, ImageTruncated, ImageUnreadable
-from workers.inference.engines.base import Image
+from workers.inference.engines.base import Detail, Image, Tiling
+from workers.inference.orientation import upright, upright_size
+from workers.inference.tiling import cut, grid_of, tile_count
 
 from .config import ModelConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Grid = tuple[int, int]
-"""Columns and rows of tiles."""
+Tiles = NDArray[np.uint8]
+"""``[tiles, side, side, 3]``, values 0 to 255."""
 
 
-@lru_cache(maxsize=16)
-def grids(smallest: int, largest: int) -> tuple[Grid, ...]:
-    """Every grid of ``smallest`` to ``largest`` tiles, those of few tiles first.
+def tiling_of(config: ModelConfig) -> Tiling:
+    """How a model's pictures are cut."""
+    if not config.dynamic_image_size:
+        return Tiling(config.tile_px)
+    return Tiling(
+        config.tile_px,
+        config.min_dynamic_patch,
+        config.max_dynamic_patch,
+        thumbnail=config.use_thumbnail,
+    )
 
-    Grids of equally many tiles stand in the order of the published code, which sorts a set: the
-    choice between two that fit alike depends on it.
+
+def tiles_of(picture: Pillow.Image, config: ModelConfig, detail: Detail = "auto") -> Tiles:
+    """Cut an upright RGB picture: row by row, the thumbnail last."""
+    tiling = tiling_of(config)
+    grid = grid_of(picture.width, picture.height, tiling, detail)
+    return tiles_in(cut(picture, grid, tiling), config.tile_px)
+
+
+def tiles_in(data: bytes, tile_px: int) -> Tiles:
+    """The tiles of an image that was cut before. Raises: ImageError if it is not whole tiles."""
+    if not data or len(data) % (tile_px * tile_px * 3):
+        raise ImageError(
+            f"an image cut beforehand has {len(data)} bytes, no whole number of tiles of {tile_px} "
+            "pixels a side; restart the consumers if the model was replaced"
+        )
+    return np.frombuffer(data, np.uint8).reshape(-1, tile_px, tile_px, 3)
+
+
+class Picture:
+    """An image of a prompt: how many tiles it is can be asked before it is decoded.
+
+    Raises: ImageError.
     """
-    found = {
-        (columns, rows)
-        for count in range(smallest, largest + 1)
-        for columns in range(1, count + 1)
-        for rows in range(1, count + 1)
-        if smallest <= columns * rows <= largest
-    }
-    return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
 
+    def __init__(self, image: Image, config: ModelConfig) -> None:
+        self._config = config
+        self._detail = image.detail
+        self._cut = tiles_in(image.data, config.tile_px) if image.encoding == "tiles" else None
+        self._opened = open_image(image) if self._cut is None else None
 
-def closest_grid(width: int, height: int, choices: tuple[Grid, ...], tile_px: int) -> Grid:
-    """The grid whose aspect ratio is closest to the picture's.
+    @property
+    def tile_count(self) -> int:
+        """The thumbnail included."""
+        if self._cut is not None:
+            return len(self._cut)
+        assert self._opened is not None
+        return tile_count(*upright_size(self._opened), tiling_of(self._config), self._detail)
 
-    Of two that fit alike the later one wins if the picture has more than half its pixels.
-    """
-    aspect, area = width / height, width * height
-    best, best_difference = (1, 1), float("inf")
-    for columns, rows in choices:
-        difference = abs(aspect - columns / rows)
-        if difference < best_difference:
-            best, best_difference = (columns, rows), difference
-        elif difference == best_difference and area > 0.5 * tile_px**2 * columns * rows:
-            best = (columns, rows)
-    return best
-
-
-def grid_of(width: int, height: int, config: ModelConfig, detail: str = "auto") -> Grid:
-    """The grid a picture of ``width`` by ``height`` pixels is cut into."""
-    if detail == "low" or not config.dynamic_image_size:
-        return (1, 1)
-    choices = grids(config.min_dynamic_patch, config.max_dynamic_patch)
-    return closest_grid(width, height, choices, config.tile_px)
-
-
-def tile_count(width: int, height: int, config: ModelConfig, detail: str = "auto") -> int:
-    """How many tiles, the thumbnail included, a picture becomes."""
-    columns, rows = grid_of(width, height, config, detail)
-    return columns * rows + (1 if config.use_thumbnail and columns * rows > 1 else 0)
-
-
-def tiles_of(picture: Pillow.Image, config: ModelConfig, detail: str = "auto") -> NDArray[np.uint8]:
-    """Cut an RGB picture: ``[tiles, side, side, 3]`` bytes, row by row, the thumbnail last."""
-    side = config.tile_px
-    columns, rows = grid_of(picture.width, picture.height, config, detail)
-    bicubic = Pillow.Resampling.BICUBIC
-    scaled = np.array(picture.resize((columns * side, rows * side), bicubic))
-    cut = scaled.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-    if not config.use_thumbnail or len(cut) == 1:
-        return cut
-    thumbnail = np.asarray(picture.resize((side, side), bicubic))
-    return np.concatenate([cut, thumbnail[None]])
+    def tiles(self) -> Tiles:
+        """Every tile. Raises: ImageTruncated, ImageError."""
+        if self._cut is not None:
+            return self._cut
+        assert self._opened is not None
+        return tiles_of(decode(self._opened), self._config, self._detail)
 
 
 def open_image(image: Image) -> Pillow.Image:
@@ -112,9 +104,10 @@ def open_image(image: Image) -> Pillow.Image:
 
 
 def decode(picture: Pillow.Image) -> Pillow.Image:
-    """Decode every pixel, to RGB. Raises: ImageTruncated, ImageError."""
+    """Decode every pixel, to upright RGB. Raises: ImageTruncated, ImageError."""
     try:
-        return picture.convert("RGB")
+        picture.load()
+        return upright(picture).convert("RGB")
     except OSError as error:
         if "truncated" in str(error):
             raise ImageTruncated from None

@@ -79,8 +79,11 @@ def shapes_of(config: ModelConfig) -> Shapes:
         return {name: tensor.shape for name, tensor in InternVL(config).state_dict().items()}
 
 
-def write_random(out: Path, config: ModelConfig, seed: int = 0) -> int:
-    """Write a checkpoint with random weights; returns its number of parameters."""
+def write_random(out: Path, config: ModelConfig, seed: int = 0, device: str = "cpu") -> int:
+    """Write a checkpoint with random weights; returns its number of parameters.
+
+    They are drawn on ``device``: a GPU is faster, and has other files for the same seed.
+    """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(
         [" ".join(_WORDS), template.SYSTEM_PROMPT], config.language.vocab_size
@@ -88,7 +91,7 @@ def write_random(out: Path, config: ModelConfig, seed: int = 0) -> int:
     write_description(out, config, tokenizer)
     shapes = shapes_of(config)
     shards = _shards(shapes)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
@@ -134,7 +137,9 @@ def _write_shard(path: Path, shapes: Shapes, generator: torch.Generator) -> None
 
 def _write_tensor(file: BinaryIO, name: str, count: int, generator: torch.Generator) -> None:
     blocks = _blocks(name, count, generator)
-    file.writelines(block.to(torch.bfloat16).view(torch.uint8).numpy().data for block in blocks)
+    file.writelines(
+        block.to(torch.bfloat16).view(torch.uint8).cpu().numpy().data for block in blocks
+    )
 
 
 def _blocks(name: str, count: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -145,7 +150,8 @@ def _blocks(name: str, count: int, generator: torch.Generator) -> Iterator[torch
         elif name.endswith(".bias"):
             yield torch.zeros(size)
         else:
-            yield torch.empty(size).normal_(std=_DEVIATION, generator=generator)
+            drawn = torch.empty(size, device=generator.device)
+            yield drawn.normal_(std=_DEVIATION, generator=generator)
 
 
 def _is_scale(name: str) -> bool:

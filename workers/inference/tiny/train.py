@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from workers.inference.engines.base import Turn
+from workers.inference.engines.base import Detail, Turn
 from workers.inference.internvl import template
 from workers.inference.internvl.checkpoint import write_description, write_weights
 from workers.inference.internvl.model import InternVL
@@ -127,7 +127,7 @@ def _shown(scene: scenes.Scene, dice: random.Random) -> tuple[NDArray[np.uint8],
     picture = scene.image
     if dice.random() < 0.5:
         picture = Pillow.open(BytesIO(scenes.encoded(picture, "jpeg"))).convert("RGB")
-    detail = "low" if dice.random() < 0.1 else "auto"
+    detail: Detail = "low" if dice.random() < 0.1 else "auto"
     return tiles_of(picture, TINY, detail), scene.caption
 
 
