@@ -124,7 +124,7 @@ class ChatQueue:
     ) -> ChatReply:
         """Put a validated request in line; ``images`` is how many it holds, to be counted.
 
-        Raises: ModelUnavailable when no replica is ready, RateLimited, QueueUnavailable.
+        Raises: ModelUnavailable when no node has or can load it, RateLimited, QueueUnavailable.
         """
         deadline = time.time() + timeout_s
         job = ChatJob(new_id("chatcmpl-"), owner, model, body, self._inbox, deadline)
@@ -137,7 +137,7 @@ class ChatQueue:
 
     def _submit(self, job: ChatJob, images: int) -> ChatReply:
         model = job.model
-        if not self.presence.serving(model):
+        if not self.presence.obtainable(model):
             raise ModelUnavailable(
                 f"no running worker serves the model '{model}' right now; one that was linked "
                 "after the node started is served from the node's next start on",

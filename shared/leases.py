@@ -33,6 +33,11 @@ def model_lane(model: str) -> str:
     return f"model/{model}"
 
 
+def model_of(lane: str) -> str:
+    """The model of a lane that :func:`model_lane` named."""
+    return lane.removeprefix("model/")
+
+
 class Lease(msgspec.Struct, frozen=True):
     """One unit of a batch (``plan``, ``final`` or a chunk's number), held under a token.
 

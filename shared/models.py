@@ -60,6 +60,8 @@ class ModelRecord(msgspec.Struct, frozen=True):
     defaults: ModelDefaults = ModelDefaults()
     visible_to: str | None = None
     source: ModelSource | None = None
+    revision: int = 1
+    """Grows when the model is linked anew or reloaded; nodes then replace their engines."""
 
 
 class ModelRegistry:
@@ -90,6 +92,7 @@ class ModelRegistry:
         self.require_free(name, replace=replace)
         if path is not None:
             path = _checked_folder(path, engine, pickles=trust_remote_code)
+        present = self._read_all().get(name)
         record = ModelRecord(
             name=name,
             path=None if path is None else str(path),
@@ -99,6 +102,7 @@ class ModelRegistry:
             owned_by=owner,
             defaults=defaults,
             source=source,
+            revision=1 if present is None else present.revision + 1,
         )
         write_json(self._file(name), record)
         self._cached_at = float("-inf")
@@ -116,6 +120,16 @@ class ModelRegistry:
             raise InvalidValue(
                 f"a model named '{name}' is linked already; --replace takes its place", param="name"
             )
+
+    def reload(self, name: str) -> ModelRecord:
+        """Ask the nodes that serve ``name`` to load it anew. Raises: ModelNotFound."""
+        present = self._read_all().get(name)
+        if present is None:
+            raise ModelNotFound(f"there is no model '{name}'", param="name")
+        record = msgspec.structs.replace(present, revision=present.revision + 1)
+        write_json(self._file(name), record)
+        self._cached_at = float("-inf")
+        return record
 
     def get(self, name: str) -> ModelRecord:
         """The model ``name``. Raises: ModelNotFound. May be a second old."""

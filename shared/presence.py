@@ -14,7 +14,7 @@ CONSUMER_TTL_S = 6.0
 _CACHE_S = 0.5
 _NODES = f"{PREFIX}nodes"
 
-ReplicaState = Literal["starting", "ready", "failed", "restarting", "stopping"]
+ReplicaState = Literal["starting", "ready", "failed", "restarting", "stopping", "unloaded"]
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):
@@ -45,6 +45,8 @@ class NodeReport(msgspec.Struct, frozen=True):
     replicas: list[ReplicaReport] = []
     programs: dict[str, str] = {}
     """Each program and its state, e.g. ``{"chat": "ready"}``."""
+    obtainable: list[str] = []
+    """Models without a ready replica that a request for them brings, or that are being replaced."""
     gpus: list[GpuReport] = []
     """All GPUs that the driver knows, whoever uses them."""
 
@@ -81,14 +83,21 @@ class Presence:
 
     def serving(self, model: str) -> bool:
         """Whether some replica of ``model`` is ready. May be half a second old."""
+        return any(
+            replica.model == model and replica.state == "ready"
+            for node in self._recent()
+            for replica in node.replicas
+        )
+
+    def obtainable(self, model: str) -> bool:
+        """Whether a request for ``model`` can be answered, perhaps after it was loaded. As old."""
+        return self.serving(model) or any(model in node.obtainable for node in self._recent())
+
+    def _recent(self) -> list[NodeReport]:
         if time.monotonic() - self._read_at > _CACHE_S:
             self._nodes = self.nodes()
             self._read_at = time.monotonic()
-        return any(
-            replica.model == model and replica.state == "ready"
-            for node in self._nodes
-            for replica in node.replicas
-        )
+        return self._nodes
 
     def consumer_beat(self, consumer: str) -> None:
         """A chat consumer is alive."""

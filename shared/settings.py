@@ -138,12 +138,28 @@ class ServeSettings(_Section):
 
     model: str
     engine: str = "transformers"
-    replicas: Count = 1
+    replicas: Count | Literal["auto"] = 1
+    """``auto``: what the engine, its GPUs' memory and the cores allow; see ``workers.placement``."""
     gpus: tuple[str, ...] = ()
     """Replica N gets ``gpus[N % len(gpus)]`` as CUDA_VISIBLE_DEVICES; "0,1" gives it both."""
+    memory_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """How much of each of its GPUs' memory all its replicas there take together; none: all."""
+    load: Literal["always", "on_demand"] = "always"
+    """``on_demand``: not loaded before somebody asks for it, unless everything fits."""
     session_len: Count = 8192
     max_running: Count = 32
     options: dict[str, Any] = {}
+
+    @property
+    def gpu_share(self) -> float:
+        """The part of each of its GPUs that the entry may fill."""
+        return 1.0 if self.memory_share is None else self.memory_share
+
+    @model_validator(mode="after")
+    def _shares_some_gpu(self) -> ServeSettings:
+        if self.memory_share is not None and not self.gpus:
+            raise ValueError("memory_share needs gpus, whose memory it shares")
+        return self
 
 
 class NodeSettings(_Section):
@@ -168,6 +184,16 @@ class NodeSettings(_Section):
     engine_restart_s: Seconds = 1
     engine_wait_s: Seconds = 30
     """How long a request waits for an engine that is starting or restarting."""
+    model_wait_s: Seconds = 120
+    """How long a chat request waits for a model that is loaded for it."""
+    max_model_wait_s: Seconds = 60
+    """A model wanted for longer than this gets its turn even if all others are busy."""
+    min_resident_s: Seconds = 30
+    """How long a model that was loaded on demand may work before it has to make room."""
+    warm_up_limit_s: Seconds = 300
+    """How long a loaded engine may take for its first answers."""
+    engine_silence_s: Seconds = 60
+    """An engine process that says nothing for so long hangs, and is killed and started again."""
     batch_nice: Annotated[int, Field(ge=0, le=19)] = 10
     """Batch consumers yield the processor to chat by this niceness."""
 

@@ -131,7 +131,7 @@ class RunningNode:
                 return False
         except httpx.TransportError:
             return False
-        return all(self.stores.presence.serving(serve.model) for serve in self.settings.node.serve)
+        return all(self.stores.presence.obtainable(s.model) for s in self.settings.node.serve)
 
     def story(self) -> str:
         """The end of what the node told."""

@@ -19,14 +19,15 @@ from shared.errors import (
     StorageFull,
     VlmqError,
 )
-from shared.leases import CONTROL_LANE, Lease
+from shared.leases import CONTROL_LANE, Lease, model_of
 from shared.log import get_logger
 from shared.models import ModelRecord
 from shared.settings import Settings
 from shared.stores import Stores
-from workers.inference.batch import ChunkResult, ChunkRun
+from workers.inference.batch import ChunkResult, ChunkRun, EnginesAway
 from workers.inference.control import run_control_unit
 from workers.inference.engines.flight import Flight
+from workers.inference.engines.standby import Standby
 from workers.inference.uploads import OwnedImages
 from workers.keeper import Keeper, until_answered
 
@@ -73,7 +74,7 @@ class BatchWorker:
             self._stores.leases.register(self._name)
         except QueueUnavailable:
             return  # as below
-        while not self._is_draining():
+        while not self._is_draining() and not self._engines_away(lane):
             try:
                 lease = self._stores.leases.claim(lane, self._name)
             except QueueUnavailable:
@@ -85,6 +86,12 @@ class BatchWorker:
                 self._pass_on(lane)
                 return
 
+    def _engines_away(self, lane: str) -> bool:
+        """Whether the lane's model is not loaded here; its chunks are for when it is."""
+        if lane == CONTROL_LANE:
+            return False
+        return Standby(self._settings.run_dir, model_of(lane)).is_on()
+
     def _pass_on(self, lane: str) -> None:
         """Let the next ticket's holder go on with what is left."""
         try:
@@ -92,7 +99,7 @@ class BatchWorker:
                 if lane == CONTROL_LANE:
                     self._stores.tickets.control()
                 else:
-                    self._stores.tickets.batch(lane.removeprefix("model/"))
+                    self._stores.tickets.batch(model_of(lane))
         except QueueUnavailable:
             log.warning("ticket_not_passed_on", lane=lane)  # the reaper tops tickets up
 
@@ -104,7 +111,7 @@ class BatchWorker:
             self._trouble = 0
         except LeaseLost:
             bound.warning("lease_lost")
-        except (BatchCancelled, BatchExpired, Draining):
+        except (BatchCancelled, BatchExpired, Draining, EnginesAway):
             self._release(lease, 0, "")
         except StorageFull as error:
             bound.error("storage_full", error=str(error))

@@ -17,7 +17,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,15 +29,18 @@ from shared.errors import ConfigurationError, QueueUnavailable, StorageFailed, V
 from shared.ids import new_id
 from shared.keys import KeyStore
 from shared.log import configure, get_logger
-from shared.models import ModelRegistry
-from shared.presence import NodeReport, Presence, ReplicaReport, ReplicaState
+from shared.models import ModelRecord, ModelRegistry
+from shared.presence import NodeReport, Presence
 from shared.settings import ServeSettings, Settings, load_settings, snapshot, with_overrides
 from shared.storage import Layout, write_json
 from workers import redis_server
+from workers.fleet import Fleet
 from workers.gpus import GpuWatch
 from workers.inference.engines.wire import socket_path
 from workers.locks import exclusive
 from workers.logfiles import log_path, safe_name
+from workers.machine import look_at_machine, weight_bytes
+from workers.placement import Placement, Seat, gpus_of, place
 from workers.processes import Child, Program, State, python_program
 from workers.serving import choose_models, engine_spec
 from workers.strays import MARK, end_strays
@@ -50,15 +53,6 @@ TRIM_LOGS_S = 60.0
 REDIS_START_LIMIT_S = 120.0
 GRACE_S = 5.0
 """How much longer than its own drain limit a program may take before it is killed."""
-
-_REPLICA_STATES: dict[State, ReplicaState] = {
-    State.STARTING: "starting",
-    State.READY: "ready",
-    State.RESTARTING: "restarting",
-    State.FAILED: "failed",
-    State.STOPPING: "stopping",
-    State.STOPPED: "stopping",
-}
 
 
 class Story:
@@ -91,27 +85,6 @@ class Story:
         self.say(f"    its log: {child.program.log}")
 
 
-class Replica:
-    """Which engine process a child is."""
-
-    def __init__(self, entry: ServeSettings, number: int, child: Child) -> None:
-        self.model = entry.model
-        self.number = number
-        self.child = child
-
-    def report(self) -> ReplicaReport:
-        """How the replica is now."""
-        child = self.child
-        return ReplicaReport(
-            model=self.model,
-            replica=self.number,
-            state=_REPLICA_STATES[child.state],
-            pid=child.pid,
-            restarts=child.restarts,
-            detail=child.detail,
-        )
-
-
 class Node:
     """The supervisor. ``run`` returns the exit status once everything has stopped."""
 
@@ -120,7 +93,7 @@ class Node:
         self.settings = settings
         self._roles = set(settings.node.roles)
         self._children: dict[str, list[Child]] = {}
-        self._replicas: list[Replica] = []
+        self._fleet: Fleet | None = None
         self._stop_asked = threading.Event()
         self._hurry = False
         self._announcer: Announcer | None = None
@@ -167,6 +140,8 @@ class Node:
         _require_redis(settings)
         registry = ModelRegistry(Layout(settings.data_dir))
         serve = choose_models(settings, registry, story.say) if self._serves() else ()
+        records = {entry.model: registry.get(entry.model) for entry in serve}
+        placements = place_models(serve, records) if "engines" in self._roles else []
         self.settings = settings = with_overrides(
             settings,
             api={"port": self._free_port()},
@@ -184,7 +159,15 @@ class Node:
             return
         programs = Programs(settings, config)
         if "engines" in self._roles:
-            self._start_engines(programs, registry)
+            self._fleet = Fleet(
+                settings,
+                placements,
+                records,
+                make_program=programs.engine,
+                tell=self._child_changed,
+                say=story.say,
+            )
+            self._fleet.tick()
             self._gpus.start()
         for role in ("reaper", "batch", "chat", "api"):
             if role in self._roles:
@@ -233,13 +216,6 @@ class Node:
                 return
             child.tick()
 
-    def _start_engines(self, programs: Programs, registry: ModelRegistry) -> None:
-        for entry in self.settings.node.serve:
-            spec = engine_spec(entry, registry.get(entry.model))
-            for number in range(entry.replicas):
-                program = programs.engine(entry, number, spec)
-                self._replicas.append(Replica(entry, number, self._start("engines", program)))
-
     def _start(self, role: str, program: Program) -> Child:
         child = Child(program, self._child_changed)
         self._children.setdefault(role, []).append(child)
@@ -258,24 +234,27 @@ class Node:
         """What this node would say of itself now."""
         programs = {
             child.program.name: child.state.value
-            for role, children in self._children.items()
-            if role != "engines"
+            for children in self._children.values()
             for child in children
         }
+        fleet = self._fleet
         return NodeReport(
             node=self.settings.node.name,
             updated_at=unix_now(),
-            replicas=[replica.report() for replica in self._replicas],
+            replicas=fleet.reports() if fleet is not None else [],
             programs=programs,
+            obtainable=fleet.obtainable() if fleet is not None else [],
             gpus=self._gpus.latest(),
         )
 
     def _watch(self) -> None:
         trim_at = time.monotonic() + TRIM_LOGS_S
         while not self._stop_asked.wait(TICK_S):
-            for child in self._all():
+            for child in self._own():
                 child.tick()
-            if not self._told_ready and all(c.state is State.READY for c in self._all()):
+            if self._fleet is not None:
+                self._fleet.tick()
+            if not self._told_ready and self._all_ready():
                 self._told_ready = True
                 self._story.say(self._invitation())
             if time.monotonic() >= trim_at:
@@ -283,8 +262,19 @@ class Node:
                 for child in self._all():
                     child.trim_log()
 
-    def _all(self) -> list[Child]:
+    def _all_ready(self) -> bool:
+        engines = self._fleet is None or self._fleet.settled
+        return engines and all(child.state is State.READY for child in self._own())
+
+    def _own(self) -> list[Child]:
+        """Every program but the engines."""
         return [child for children in self._children.values() for child in children]
+
+    def _engines(self) -> list[Child]:
+        return [] if self._fleet is None else self._fleet.children
+
+    def _all(self) -> list[Child]:
+        return [*self._own(), *self._engines()]
 
     def _child_changed(self, child: Child) -> None:
         self._story.child_changed(child)
@@ -292,7 +282,8 @@ class Node:
             self._announcer.soon()
 
     def _invitation(self) -> str:
-        models = ", ".join(sorted({replica.model for replica in self._replicas}))
+        served = [] if self._fleet is None else self._fleet.models
+        models = ", ".join(sorted(model.name for model in served))
         if "api" not in self._roles:
             return f"everything is up, serving {models or 'no model'}. Ctrl-C stops it."
         api = self.settings.api
@@ -312,13 +303,18 @@ class Node:
     # --- stopping ---
 
     def _stop_all(self) -> None:
-        if not self._children:
+        if not self._children and self._fleet is None:
             return
         self._story.say("stopping: what is in hand is finished first (Ctrl-C again: at once)")
         # The API finishes the answers it streams, for which it needs the chat consumer, which
         # needs the engines; batches stop claiming work meanwhile. Redis outlives them all.
-        for stage in (("api", "batch"), ("chat",), ("engines",), ("reaper",)):
+        for stage in (("api", "batch"), ("chat",)):
             self._stop_stage([child for role in stage for child in self._children.get(role, [])])
+        if self._fleet is not None:
+            self._fleet.stop(self.settings.queue.drain_s + GRACE_S)
+            self._stop_stage(self._engines())
+            self._fleet.close()
+        self._stop_stage(self._children.get("reaper", []))
         if self._announcer is not None:
             self._announcer.close()
         self._stop_stage(self._children.get("redis", []))
@@ -326,14 +322,17 @@ class Node:
 
     def _stop_stage(self, stage: list[Child]) -> None:
         for child in stage:
-            child.stop()
+            if child.state is not State.STOPPING:
+                child.stop()
         while any(child.state is not State.STOPPED for child in stage):
             if self._hurry:
                 for child in stage:
                     child.kill()
             # The later stages are still needed, so what dies there is started again.
-            for child in self._all():
+            for child in self._own():
                 child.tick()
+            if self._fleet is not None:
+                self._fleet.tick_children()
             time.sleep(TICK_S)
 
     @contextmanager
@@ -369,31 +368,38 @@ class Programs:
                 return self._program(role, "api.server", drain_s=drain_s + GRACE_S)
         raise ConfigurationError(f"there is no role '{role}'")
 
-    def engine(self, entry: ServeSettings, number: int, spec: object) -> Program:
+    def engine(
+        self,
+        entry: ServeSettings,
+        seat: Seat,
+        record: ModelRecord,
+        may_start: Callable[[], bool] = lambda: True,
+    ) -> Program:
         """One replica, its GPU pinned before anything is imported."""
         settings = self._settings
-        name = f"engine {entry.model}/{number}"
-        path = socket_path(settings.run_dir, entry.model, number)
+        name = f"engine {entry.model}/{seat.number}"
+        path = socket_path(settings.run_dir, entry.model, seat.number)
         spec_file = path.with_suffix(".spec.json")
         spec_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_json(spec_file, spec)
-        pinned = {}
-        if entry.gpus:
-            pinned["CUDA_VISIBLE_DEVICES"] = entry.gpus[number % len(entry.gpus)]
-        drain_s = settings.queue.drain_s
+        write_json(spec_file, engine_spec(entry, record, seat.share))
+        pinned = {"CUDA_VISIBLE_DEVICES": seat.visible} if seat.gpus else {}
+        # An engine that makes room or is replaced finishes all it has; a stopping node says less.
+        drain_s = settings.api.request_timeout_s
         return Program(
             name=name,
             command=python_program(
                 "workers.inference.engines.host",
                 *("--engine", entry.engine),
                 *("--socket", str(path)),
-                *("--replica", str(number)),
+                *("--replica", str(seat.number)),
                 *("--spec", str(spec_file)),
                 *("--drain-limit-s", str(drain_s)),
+                *("--warm-up-limit-s", str(settings.node.warm_up_limit_s)),
             ),
             log=log_path(log_folder(settings), name),
             ready=path.exists,
             prepare=lambda: path.unlink(missing_ok=True),
+            may_start=may_start,
             environment={MARK: str(settings.run_dir), **pinned},
             restart_s=settings.node.engine_restart_s,
             drain_s=drain_s + GRACE_S,
@@ -459,6 +465,22 @@ class Announcer:
             log.exception("cannot announce this node")
         else:
             self._silent = False
+
+
+def place_models(
+    serve: Sequence[ServeSettings], records: Mapping[str, ModelRecord]
+) -> list[Placement]:
+    """Where each served model's replicas run on this machine.
+
+    Raises: ConfigurationError if what is always loaded does not fit.
+    """
+    automatic = any(entry.replicas == "auto" for entry in serve)
+    gpus = [gpu for entry in serve for gpu in gpus_of(entry)]
+    weights = {
+        entry.model: weight_bytes(records[entry.model].path) if automatic else None
+        for entry in serve
+    }
+    return place(serve, weights, look_at_machine(gpus if automatic else ()))
 
 
 def log_folder(settings: Settings) -> Path:

@@ -63,6 +63,8 @@ class Program:
     taken for ready once it has lived for SETTLED_S."""
     prepare: Callable[[], None] = lambda: None
     """Called before every start, to clear away what a killed predecessor left."""
+    may_start: Callable[[], bool] = lambda: True
+    """Asked before the program is started again by itself; until it says so, the start waits."""
     environment: Mapping[str, str] = field(default_factory=dict)
     pass_fds: tuple[int, ...] = ()
     restart_s: float = 1.0
@@ -94,6 +96,7 @@ class Child:
         self._crashes_in_a_row = 0
         self._permanent_failures = 0
         self._kill_at: float | None = None
+        self._verdict = ""
 
     @property
     def pid(self) -> int | None:
@@ -130,18 +133,24 @@ class Child:
             self._change(State.READY)
         elif self.state is State.STOPPING and self._kill_at is not None and now >= self._kill_at:
             self.kill()
-        elif self.next_start_at is not None and now >= self.next_start_at:
+        elif self._is_due(now) and self.program.may_start():
             self.restarts += 1
-            self._start_again(now)
+            self.try_to_start()
 
-    def stop(self) -> None:
-        """Ask the program to finish what it has in hand; it is killed after its drain limit."""
+    def stop(self, limit_s: float | None = None) -> None:
+        """Ask the program to finish what it has in hand; it is killed after its drain limit.
+
+        ``limit_s`` is another limit, also for a program that is stopping already.
+        """
         self.next_start_at = None
-        if self.state in {State.STARTING, State.READY}:
-            self._kill_at = time.monotonic() + self.program.drain_s
+        kill_at = time.monotonic() + (self.program.drain_s if limit_s is None else limit_s)
+        if self.state is State.STOPPING:
+            self._kill_at = min(kill_at, self._kill_at or kill_at)
+        elif self.state in {State.STARTING, State.READY}:
+            self._kill_at = kill_at
             self._signal(signal.SIGTERM)
             self._change(State.STOPPING)
-        elif self.state is not State.STOPPING:
+        else:
             self._change(State.STOPPED)
 
     def kill(self) -> None:
@@ -151,17 +160,28 @@ class Child:
             self.detail = f"killed after {self.program.drain_s:g} s"
             _kill_group(self._process.pid)
 
+    def condemn(self, verdict: str) -> None:
+        """Kill the program, which does not do its work; as after a crash, it starts again."""
+        if self._process is not None and self.state in LIVE:
+            self._verdict = verdict
+            _kill_group(self._process.pid)
+
     def trim_log(self) -> None:
         """Keep the log of a long-running program small."""
         if rotate(self.program.log):
             self._log_start = 0
 
-    def _start_again(self, now: float) -> None:
+    def try_to_start(self) -> None:
+        """Start the program; if the system cannot, that is a crash like any other."""
+        now = time.monotonic()
         try:
             self.start()
         except OSError as error:
             # A full disk or no memory left: the other programs still need looking after.
             self._back_off(now, f"could not be started: {error.strerror or error}")
+
+    def _is_due(self, now: float) -> bool:
+        return self.next_start_at is not None and now >= self.next_start_at
 
     def _is_ready(self, now: float) -> bool:
         if self.program.ready is not None:
@@ -189,7 +209,8 @@ class Child:
         if status in PERMANENT_EXITS:
             self._fail(now)
         else:
-            self._back_off(now, describe_exit(status))
+            self._back_off(now, self._verdict or describe_exit(status))
+        self._verdict = ""
 
     def _fail(self, now: float) -> None:
         self._permanent_failures += 1

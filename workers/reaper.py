@@ -24,7 +24,7 @@ from shared.errors import (
     VlmqError,
 )
 from shared.ids import new_id
-from shared.leases import CONTROL_LANE
+from shared.leases import CONTROL_LANE, model_of
 from shared.log import get_logger
 from shared.process import die_with_parent
 from shared.queue import CONTROL_QUEUE, batch_queue
@@ -141,7 +141,7 @@ class Reaper:
                 for _ in range(missing):
                     self._stores.tickets.control()
                 continue
-            model = lane.removeprefix("model/")
+            model = model_of(lane)
             missing = demand - self._stores.tickets.waiting(batch_queue(model))
             self._stores.tickets.batch(model, max(0, missing))
 

@@ -41,8 +41,10 @@ def choose_models(
     )
 
 
-def engine_spec(entry: ServeSettings, record: ModelRecord) -> EngineSpec:
-    """What one replica is started with."""
+def engine_spec(
+    entry: ServeSettings, record: ModelRecord, memory_share: float | None = None
+) -> EngineSpec:
+    """What one replica is started with; ``memory_share`` of its GPUs is its own."""
     return EngineSpec(
         model=record.name,
         path=record.path,
@@ -50,6 +52,7 @@ def engine_spec(entry: ServeSettings, record: ModelRecord) -> EngineSpec:
         session_len=entry.session_len,
         max_running=entry.max_running,
         options=entry.options,
+        memory_share=memory_share,
     )
 
 

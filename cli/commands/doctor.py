@@ -21,11 +21,15 @@ from shared.connection import connect
 from shared.errors import CheckpointInvalid, VlmqError
 from shared.keys import KeyStore
 from shared.models import ModelRecord, ModelRegistry, reads_checkpoints
+from shared.presence import NodeReport
 from shared.settings import Settings
 from shared.storage import Layout, write_bytes
 
 Verdict = Literal["ok", "warning", "problem"]
 _ENGINE_NEEDS = {"transformers": ("torch", "transformers"), "lmdeploy": ("lmdeploy",)}
+
+
+_AT_REST = ("ready", "unloaded")
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,23 @@ def _nodes(settings: Settings) -> Iterator[Finding]:
         advice = "start one with 'vlmq up' or 'vlmq worker'"
         yield Finding("nodes", "warning", "no node is running", advice)
     for node in nodes:
-        broken = [f"{r.model}/{r.replica} {r.state}" for r in node.replicas if r.state != "ready"]
+        broken = [
+            f"{r.model}/{r.replica} {r.state}" for r in node.replicas if r.state not in _AT_REST
+        ]
         broken += [f"{name} {state}" for name, state in node.programs.items() if state != "ready"]
         if broken:
             advice = f"see the logs on it, in {settings.data_dir / 'logs'}"
             yield Finding("nodes", "warning", f"{node.node}: {', '.join(broken)}", advice)
         else:
             yield Finding("nodes", "ok", f"{node.node}: everything is ready")
+        for model, trouble in _refused(node).items():
+            advice = f"mend it, then: vlmq models reload {model}"
+            yield Finding("nodes", "warning", f"{node.node}: {model}: {trouble}", advice)
+
+
+def _refused(node: NodeReport) -> dict[str, str]:
+    """Models that work, but not in their newest revision, and why."""
+    return {r.model: r.detail for r in node.replicas if r.state == "ready" and r.detail}
 
 
 def _missing_batches(settings: Settings) -> int:

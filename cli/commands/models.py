@@ -47,7 +47,22 @@ def link(
         defaults=read_defaults(defaults),
         replace=replace,
     )
-    note(f"linked {record.name} to {record.path}; a node serves it from its next start")
+    when_served = "a node serves it from its next start"
+    if record.revision > 1:
+        when_served = "nodes that serve it replace their engines now, one by one"
+    note(f"linked {record.name} to {record.path}; {when_served}")
+
+
+@models.command()
+@click.argument("name")
+@local_options
+def reload(name: str, config: Path | None, data_dir: Path | None) -> None:
+    """Load NAME anew on every node that serves it, without dropping a request."""
+    record = _registry(config, data_dir).reload(name)
+    note(
+        f"{name} is at revision {record.revision}; nodes replace their engines one by one "
+        "(vlmq status shows how far they are)"
+    )
 
 
 @models.command("list")

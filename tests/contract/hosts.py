@@ -48,6 +48,7 @@ class HostProcess:
         engine: str = "echo",
         max_waiting: int = 4096,
         drain_limit_s: float = 20.0,
+        warm_up_limit_s: float = 300.0,
         spec: dict[str, Any] | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
@@ -56,6 +57,7 @@ class HostProcess:
         command = [sys.executable, "-m", "workers.inference.engines.host", "--engine", engine]
         command += ["--socket", str(self.socket), "--replica", str(replica)]
         command += ["--max-waiting", str(max_waiting), "--drain-limit-s", str(drain_limit_s)]
+        command += ["--warm-up-limit-s", str(warm_up_limit_s)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

@@ -116,6 +116,24 @@ def test_the_socket_appears_only_when_the_model_is_loaded(start_host: StartHost)
     host.until_ready()
 
 
+@pytest.mark.parametrize(
+    ("option", "limit_s", "said"),
+    [
+        ("fail", 30.0, "failed on its first prompt with a text: the echo engine was told to fail"),
+        ("hang", 0.3, "did not answer its first prompts within 0.3 s"),
+        ("block", 0.3, "did not answer its first prompts within 0.3 s"),
+    ],
+)
+def test_an_engine_that_fails_its_first_prompt_is_never_ready(
+    start_host: StartHost, option: str, limit_s: float, said: str
+) -> None:
+    """It exits as one that cannot load, with the reason, and no socket appears."""
+    host = start_host(ready=False, warm_up_limit_s=limit_s, options={"warm_up": option})
+    assert host.status() == 3
+    assert said in host.errors().splitlines()[-1]
+    assert not host.socket.exists()
+
+
 def test_a_stale_socket_is_replaced(start_host: StartHost) -> None:
     """A host killed before it could clean up does not stop its successor."""
     first = start_host()

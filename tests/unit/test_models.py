@@ -38,6 +38,18 @@ def test_a_linked_model_is_known_to_all(layout: Layout, checkpoint: Path) -> Non
     assert record.defaults.max_tokens == 7
 
 
+def test_every_change_is_a_new_revision(layout: Layout, checkpoint: Path) -> None:
+    """Nodes know by it that they have to load the model anew."""
+    registry = ModelRegistry(layout)
+    assert registry.link("m", None).revision == 1
+    assert registry.link("m", checkpoint, replace=True).revision == 2
+    reloaded = registry.reload("m")
+    assert (reloaded.revision, reloaded.path) == (3, str(checkpoint))
+    assert ModelRegistry(layout).get("m") == reloaded
+    with pytest.raises(ModelNotFound):
+        registry.reload("nobody")
+
+
 @pytest.mark.parametrize("name", ["a/b", "ft:base:suffix:id", "Org/Model-1.5_x@rev+q", "x" * 128])
 def test_names_may_look_like_paths(layout: Layout, name: str) -> None:
     """Each has one file, directly in the folder."""

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 from shared.errors import ConfigurationError
-from shared.models import ModelRegistry
+from shared.models import ModelRecord, ModelRegistry
 from shared.settings import Settings, load_settings, snapshot, with_overrides
 from shared.storage import Layout, write_json
 from tests.checkpoints import write_checkpoint
 from workers import serving
-from workers.node import Programs
+from workers.node import Programs, place_models
+from workers.placement import Seat
 from workers.serving import choose_models, engine_spec
 
+MODELS_OF_EIGHT = ("internvl2-2b", "internvl2-8b")
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("node.*.toml"))
 
 
@@ -54,9 +56,11 @@ def test_an_example_gives_each_replica_its_own_gpu(tmp_path: Path) -> None:
     settings = with_overrides(example, storage={"run_dir": tmp_path})
     programs = Programs(settings, tmp_path / "settings.json")
     entry = settings.node.serve[0]
+    record = ModelRecord(entry.model, None, None, False, 0, "vlmq")
+    [placement, _] = place_models(settings.node.serve, dict.fromkeys(MODELS_OF_EIGHT, record))
     pinned = [
-        programs.engine(entry, number, {}).environment["CUDA_VISIBLE_DEVICES"]
-        for number in range(entry.replicas)
+        programs.engine(entry, seat, record).environment["CUDA_VISIBLE_DEVICES"]
+        for seat in placement.seats
     ]
     assert pinned == ["0", "1", "2", "3", "4", "5", "6"]
 
@@ -66,7 +70,9 @@ def test_an_engine_without_gpus_keeps_the_environment(settings: Settings, tmp_pa
     settings = with_overrides(
         settings, storage={"run_dir": tmp_path}, node={"serve": [{"model": "m"}]}
     )
-    program = Programs(settings, tmp_path / "s.json").engine(settings.node.serve[0], 0, {})
+    record = ModelRecord("m", None, None, False, 0, "vlmq")
+    programs = Programs(settings, tmp_path / "s.json")
+    program = programs.engine(settings.node.serve[0], Seat(0), record)
     assert "CUDA_VISIBLE_DEVICES" not in program.environment
 
 

@@ -43,10 +43,10 @@ from workers.inference.batch_lines import (
 )
 from workers.inference.engines.base import Answer, Completion, Prompt
 from workers.inference.engines.flight import Flight
-from workers.inference.engines.wire import model_slug
+from workers.inference.engines.standby import Standby
 from workers.inference.journal import Journal
 from workers.inference.prompts import ReadImage, build_prompt
-from workers.inference.suspects import alone, retry_suspects, together
+from workers.inference.suspects import alone, engines_lock, retry_suspects, together
 
 _GROUP_ITEMS = 64
 _GROUP_BYTES = 4 << 20
@@ -61,6 +61,12 @@ KeepGoing = Callable[[], None]
 class _Item(msgspec.Struct):
     line: Line
     request: BatchLine
+
+
+class EnginesAway(VlmqError):
+    """The engines were unloaded on purpose; the chunk waits until they are back."""
+
+    code = "engines_away"
 
 
 class ChunkResult(msgspec.Struct, frozen=True):
@@ -96,6 +102,7 @@ class ChunkRun:
         self._flight = flight
         self._read_image = read_image
         self._keep_going = keep_going
+        self._standby = Standby(settings.run_dir, lease.model)
         self._manifest = Manifest(batch_dir)
         self._chunk = self._manifest.chunk(int(lease.unit))
         self._items: dict[int, _Item] = {}
@@ -113,7 +120,7 @@ class ChunkRun:
     def run(self) -> ChunkResult:
         """Answer every item and write the shard.
 
-        Raises: EngineUnavailable when no engine answered for long, StorageFull, StorageFailed, and
+        Raises: EnginesAway, EngineUnavailable when no engine answered for long, StorageFull, StorageFailed, and
         whatever ``keep_going`` raises. The engines are told to forget what they still had.
         """
         lines = split_lines(read_chunk(self._source, self._chunk), self._chunk.first_line)
@@ -255,11 +262,16 @@ class ChunkRun:
         self._answered_at = time.monotonic()
 
     def _require_engine(self) -> None:
-        """Give the chunk up if this machine's engines stay away; another's may have it."""
+        """Give the chunk up if this machine's engines stay away; another's may have it.
+
+        At once if they were sent away: others' chunks need this process.
+        """
         if self._flight.connected:
             self._heard_at = max(
                 self._heard_at, time.monotonic() - self._settings.node.engine_wait_s
             )
+        elif self._standby.is_on():
+            raise EnginesAway()
         elif time.monotonic() - self._heard_at > 2 * self._settings.node.engine_wait_s:
             raise EngineUnavailable()
 
@@ -272,7 +284,7 @@ class ChunkRun:
                 self._record(prompt_id, answer)
 
     def _lock_path(self) -> Path:
-        return self._settings.run_dir / f"{model_slug(self._name)}.lock"
+        return engines_lock(self._settings.run_dir, self._name)
 
     def _run_group(self, prompts: Sequence[Prompt]) -> list[Answer]:
         waiting = {prompt.id for prompt in prompts}

@@ -122,7 +122,10 @@ class ChatWorker:
         with self._lock:
             if model not in self._clients:
                 self._clients[model] = EngineClient(
-                    self._settings.run_dir, model, wait_s=self._settings.node.engine_wait_s
+                    self._settings.run_dir,
+                    model,
+                    wait_s=self._settings.node.engine_wait_s,
+                    standby_wait_s=self._settings.node.model_wait_s,
                 )
             return self._clients[model]
 

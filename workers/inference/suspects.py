@@ -19,6 +19,7 @@ from shared.errors import EngineCrashed, VlmqError
 from shared.log import get_logger
 from shared.storage import storage_errors
 from workers.inference.engines.base import Answer, Completion, Prompt
+from workers.inference.engines.wire import model_slug
 
 log = get_logger(__name__)
 
@@ -34,6 +35,23 @@ Pause = Callable[[float], None]
 
 RunGroup = Callable[[Sequence[Prompt]], list[Answer]]
 """Runs prompts and returns an answer for each; EngineCrashed for those whose engine died."""
+
+
+def engines_lock(run_dir: Path, model: str) -> Path:
+    """The file whose locks say who of a machine's batch processes has items in a model's engines."""
+    return run_dir / f"{model_slug(model)}.lock"
+
+
+def in_use(path: Path) -> bool:
+    """Whether some batch process of this machine has items in the engines now."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _locked(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -83,6 +83,10 @@ class Prompt(msgspec.Struct, frozen=True, array_like=True, gc=False):
     images: list[Image] = []
 
 
+WARM_UP_ID = 2**31 - 1
+"""The id of the prompts by which a host tries an engine that was just loaded."""
+
+
 class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A piece of an answer. The last one, and only it, has a ``finish_reason`` and the counts.
 
@@ -116,7 +120,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
 
     ``options`` are the engine's own (for ``echo``: delays and faults), checked by the engine;
     ``session_len`` is in tokens; ``max_running`` is how many requests it should work on at once;
-    ``memory_share`` which part of its GPU's memory it may use in all (None: as it likes).
+    ``memory_share`` (0 to 1) is the part of each of its GPUs' total memory that this process may
+    use in all, weights included (None: as it likes).
     """
 
     model: str

@@ -40,6 +40,7 @@ from workers.inference.engines.replicas import (
     least_busy,
     shared_tiling,
 )
+from workers.inference.engines.standby import Standby
 
 log = get_logger(__name__)
 
@@ -65,7 +66,8 @@ class _Stream:
     lane: wire.Lane
     on_delta: OnDelta
     on_end: OnEnd
-    deadline_s: float = 0.0
+    since_s: float = 0.0
+    """When it began to wait, on the loop's clock."""
     link: _Link | None = None
     wire_id: int = 0
     delivered: bool = False
@@ -90,14 +92,17 @@ class EngineClient:
     """The replicas of one model on this machine.
 
     ``run_dir`` holds the sockets (``wire.socket_path``). A request waits up to ``wait_s`` for a
-    replica that can take it. Thread-safe; callbacks run on the client's own thread and must not
-    block.
+    replica that can take it, and up to ``standby_wait_s`` while the replicas are away on purpose.
+    Thread-safe; callbacks run on the client's own thread and must not block.
     """
 
-    def __init__(self, run_dir: Path, model: str, *, wait_s: float = 10.0) -> None:
+    def __init__(
+        self, run_dir: Path, model: str, *, wait_s: float = 10.0, standby_wait_s: float = 0.0
+    ) -> None:
         self._run_dir = run_dir
         self._model = model
         self._wait_s = wait_s
+        self._standby_wait_s = max(wait_s, standby_wait_s)
         self._lock = threading.Lock()
         self._pool: _Pool | None = None
         self._pid = 0
@@ -160,7 +165,7 @@ class EngineClient:
     def _running_pool(self) -> _Pool:
         with self._lock:
             if self._pool is None or self._pid != os.getpid():
-                self._pool = _Pool(self._run_dir, self._model, self._wait_s)
+                self._pool = _Pool(self._run_dir, self._model, self._wait_s, self._standby_wait_s)
                 self._pid = os.getpid()
             return self._pool
 
@@ -208,9 +213,11 @@ class _Link(asyncio.Protocol):
 class _Pool:
     """Links to the replicas of a model and the streams on them. Lives on its own thread's loop."""
 
-    def __init__(self, run_dir: Path, model: str, wait_s: float) -> None:
+    def __init__(self, run_dir: Path, model: str, wait_s: float, standby_wait_s: float) -> None:
         self._model = model
         self._wait_s = wait_s
+        self._standby_wait_s = standby_wait_s
+        self._standby = Standby(run_dir, model)
         self._watch = SocketWatch(wire.replica_folder(run_dir, model))
         self._links: dict[Path, _Link] = {}
         self._parked: list[_Stream] = []
@@ -236,7 +243,7 @@ class _Pool:
 
     def start(self, stream: _Stream) -> None:
         """Send a new stream to a replica, or park it until one has room."""
-        stream.deadline_s = self._loop.time() + self._wait_s
+        stream.since_s = self._loop.time()
         self._place(stream)
 
     def abort(self, stream: _Stream) -> None:
@@ -339,12 +346,25 @@ class _Pool:
             self._place(stream)
 
     def _expire_parked(self) -> None:
-        now_s = self._loop.time()
-        late = [stream for stream in self._parked if stream.deadline_s <= now_s]
-        self._parked = [stream for stream in self._parked if stream.deadline_s > now_s]
+        if not self._parked:
+            return
+        limit_s = self._wait_s
+        if self._standby.is_on():
+            self._want()
+            limit_s = self._standby_wait_s
+        begun_s = self._loop.time() - limit_s
+        late = [stream for stream in self._parked if stream.since_s <= begun_s]
+        self._parked = [stream for stream in self._parked if stream.since_s > begun_s]
         full = any(link.replica.ready for link in self._links.values())
         for stream in late:
             self._end(stream, EngineBusy() if full else EngineUnavailable())
+
+    def _want(self) -> None:
+        try:
+            self._standby.want()
+        except VlmqError as error:
+            # Whoever waits gets a 503 in time; the streams that run must go on.
+            log.warning("model not asked for", model=self._model, reason=error.message)
 
     def _deltas(self, link: _Link, message: wire.Deltas) -> None:
         for wire_id, text in message.items:
@@ -382,7 +402,7 @@ class _Pool:
             link.replica.paused_until_s = now_s + BUSY_PAUSE_S
         else:
             link.replica.draining = True
-            stream.deadline_s = now_s + self._wait_s
+            stream.since_s = now_s
         self._place(stream)
 
     def _crashed(self, stream: _Stream, error: VlmqError) -> None:
@@ -390,7 +410,7 @@ class _Pool:
             self._end(stream, error)
             return
         stream.crashed = True
-        stream.deadline_s = self._loop.time() + self._wait_s
+        stream.since_s = self._loop.time()
         self._place(stream)
 
     def _deliver(self, stream: _Stream, delta: Delta) -> None:

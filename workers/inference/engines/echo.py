@@ -13,8 +13,9 @@ import asyncio
 import os
 import re
 import signal
+import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -27,6 +28,7 @@ from shared.errors import (
     VlmqError,
 )
 from workers.inference.engines.base import (
+    WARM_UP_ID,
     Answer,
     Completion,
     Delta,
@@ -40,6 +42,7 @@ from workers.inference.engines.base import (
 from workers.inference.engines.stopping import StopStrings
 
 _TOKEN = re.compile(r"\s*\S+")
+_FOR_EVER_S = 3600.0
 _FAULT = re.compile(r"\[\[echo:(?P<name>\w+)(?:=(?P<value>[0-9.]+))?\]\]")
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -57,13 +60,17 @@ class EchoTiling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``delay_s`` is per request, ``token_delay_s`` per token, ``setup_delay_s`` while loading.
 
-    ``tiling`` lets consumers cut images as for a model with such tiles.
+    ``tiling`` lets consumers cut images as for a model with such tiles. ``fail_with_path`` fails the
+    set-up of whatever has a checkpoint. ``warm_up`` is what becomes of the host's first prompts:
+    ``hang`` never answers, ``block`` does not even let the event loop go on. They have no delays.
     """
 
     delay_s: _Seconds = 0.0
     token_delay_s: _Seconds = 0.0
     setup_delay_s: _Seconds = 0.0
     fail_setup: bool = False
+    fail_with_path: bool = False
+    warm_up: Literal["answer", "fail", "hang", "block"] = "answer"
     faults: bool = False
     image_tokens: Annotated[int, msgspec.Meta(ge=0)] = 256
     tiling: EchoTiling | None = None
@@ -77,6 +84,7 @@ class EchoEngine:
             self._options = msgspec.convert(dict(spec.options), EchoOptions)
         except msgspec.ValidationError as error:
             raise ConfigurationError(f"echo engine, options: {error}") from None
+        self._path = spec.path
         self._session_len = spec.session_len
         self._aborts: dict[int, asyncio.Event] = {}
         self._health = Health(ok=True)
@@ -86,9 +94,14 @@ class EchoEngine:
         await asyncio.sleep(self._options.setup_delay_s)
         if self._options.fail_setup:
             raise EngineSetupFailed("the echo engine was told to fail; remove option fail_setup")
+        if self._options.fail_with_path and self._path is not None:
+            raise EngineSetupFailed(f"the echo engine was told to fail with {self._path}")
 
     async def generate(self, prompt: Prompt) -> AsyncIterator[Delta]:
         """Answer word by word."""
+        if prompt.id == WARM_UP_ID:
+            yield await self._warm_up()
+            return
         answer, finish, prompt_tokens, words = self._plan(prompt)
         stops = StopStrings(prompt.sampling.stop)
         self._aborts[prompt.id] = asyncio.Event()
@@ -139,6 +152,16 @@ class EchoEngine:
 
     async def close(self) -> None:
         """Nothing to let go of."""
+
+    async def _warm_up(self) -> Delta:
+        match self._options.warm_up:
+            case "fail":
+                raise EngineError("the echo engine was told to fail its first prompt")
+            case "hang":
+                await asyncio.Event().wait()
+            case "block":
+                time.sleep(_FOR_EVER_S)  # noqa: ASYNC251 - the fault is that it blocks
+        return Delta("", "stop", 1, 1)
 
     def _answer(self, prompt: Prompt) -> Completion | VlmqError:
         """The whole answer, without a pause."""

@@ -3,7 +3,8 @@
     python -m workers.inference.engines.host --engine echo --socket PATH --replica N --spec FILE
 
 The parent pins the GPU (``CUDA_VISIBLE_DEVICES``) before it starts this process; nothing heavy is
-imported before the arguments are read. The socket appears when the model is loaded, never before.
+imported before the arguments are read. The socket appears when the model is loaded and has answered
+its first prompts, never before.
 SIGTERM drains: nothing new, what runs is finished, then exit 0; a second one stops at once.
 
 Exit status: 0 after a drain, 3 if starting again would fail the same way (configuration, model,
@@ -40,6 +41,7 @@ from shared.process import die_with_parent
 from workers.inference.engines import wire
 from workers.inference.engines.base import Completion, Engine, EngineSpec
 from workers.inference.engines.dispatch import Dispatcher
+from workers.inference.engines.warmup import warm_up
 
 log = get_logger(__name__)
 
@@ -73,6 +75,7 @@ class HostOptions:
     spec: EngineSpec
     max_waiting: int = 4096
     drain_limit_s: float = 60.0
+    warm_up_limit_s: float = 300.0
 
 
 class Connection(asyncio.Protocol):
@@ -296,6 +299,7 @@ async def serve(make_engine: EngineFactory, options: HostOptions) -> int:
     options.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = make_engine(options.spec)
     await _set_up(engine)
+    await warm_up(engine, options.warm_up_limit_s, EXIT_PERMANENT)
     # What the model's code allocated stays for good; do not walk it at every collection.
     gc.collect()
     gc.freeze()
@@ -394,6 +398,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--spec", default="-", help="EngineSpec as JSON: a file, or - for stdin")
     parser.add_argument("--max-waiting", type=int, default=HostOptions.max_waiting)
     parser.add_argument("--drain-limit-s", type=float, default=HostOptions.drain_limit_s)
+    parser.add_argument("--warm-up-limit-s", type=float, default=HostOptions.warm_up_limit_s)
     parser.add_argument("--parent", type=int, help="process id of the parent, to die with it")
     return parser.parse_args(arguments)
 
@@ -411,6 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             spec=read_spec(args.spec),
             max_waiting=args.max_waiting,
             drain_limit_s=args.drain_limit_s,
+            warm_up_limit_s=args.warm_up_limit_s,
         )
         return asyncio.run(serve(find_engine(args.engine), options))
     except (ConfigurationError, EngineSetupFailed, RemoteCodeRefused) as error:

@@ -1,0 +1,233 @@
+"""The engines of a node: who is loaded, on which GPU, one load at a time per GPU.
+
+The fleet gathers what the planner (``residency``) needs to know and does what it says; each model's
+own life is in ``served_model``. Driven by ``tick`` from the node's thread; reports may be asked for
+from another. See docs/decisions/0016-engine-fleet.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from shared.models import ModelRecord
+from shared.presence import ReplicaReport
+from shared.settings import ServeSettings, Settings
+from workers import residency
+from workers.inference.engines.standby import Standby
+from workers.inference.engines.wire import socket_path
+from workers.inference.suspects import engines_lock, in_use
+from workers.lookout import Lookout
+from workers.placement import Placement, Seat
+from workers.processes import Child, Program, State
+from workers.pulse import Pulse, Target
+from workers.residency import Limits, Standing
+from workers.served_model import Replica, ServedModel, Surroundings
+
+PLAN_EVERY_S = 0.25
+IDLE_S = 2.0
+"""A model without work for so long is idle; between two chunks it is not."""
+WISH_S = 2.0
+"""How long a chat request's mark counts after it was last renewed."""
+
+MakeProgram = Callable[[ServeSettings, Seat, ModelRecord, Callable[[], bool]], Program]
+"""The program of a replica; the callable says whether it may start again now."""
+
+
+class Fleet:
+    """All served models of this node."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        placements: list[Placement],
+        records: Mapping[str, ModelRecord],
+        *,
+        make_program: MakeProgram,
+        tell: Callable[[Child], None],
+        say: Callable[[str], object],
+    ) -> None:
+        self._settings = settings
+        self._make_program = make_program
+        self._tell = tell
+        self._limits = Limits(settings.node.max_model_wait_s, settings.node.min_resident_s)
+        self._pulse = Pulse()
+        self._plan_at_s = 0.0
+        around = Surroundings(
+            make_child=self._make_child,
+            may_load=self._may_load,
+            has_room=self._has_room,
+            in_hand=self._in_hand,
+            say=say,
+            give_work_s=settings.api.request_timeout_s,
+        )
+        self.models = [
+            ServedModel(
+                placement,
+                records[placement.entry.model],
+                around,
+                Standby(settings.run_dir, placement.entry.model),
+            )
+            for placement in placements
+        ]
+        self._lookout = Lookout(settings, [m.name for m in self.models if m.on_demand])
+        for model in self.models:
+            # An earlier run may have been killed while the model was unloaded.
+            if model.on_demand:
+                model.standby.begin()
+            else:
+                model.standby.end()
+
+    # --- what the node sees ---
+
+    @property
+    def children(self) -> list[Child]:
+        """Every engine process."""
+        return [
+            replica.child
+            for model in self.models
+            for replica in model.replicas
+            if replica.child is not None
+        ]
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything is ready that should be."""
+        return all(model.settled for model in self.models)
+
+    def reports(self) -> list[ReplicaReport]:
+        """How every replica is."""
+        return [report for model in self.models for report in model.reports()]
+
+    def obtainable(self) -> list[str]:
+        """Models that a request brings, or that are being replaced."""
+        return [model.name for model in self.models if model.obtainable]
+
+    # --- its life ---
+
+    def tick(self) -> None:
+        """Look after everything."""
+        self._end_silent()
+        now_s = time.monotonic()
+        if now_s >= self._plan_at_s:
+            self._plan_at_s = now_s + PLAN_EVERY_S
+            self._renew_records()
+            self._plan(now_s)
+        for model in self.models:
+            model.tick()
+
+    def tick_children(self) -> None:
+        """While the node stops: start again what dies, but load and replace nothing."""
+        for model in self.models:
+            model.tick_children()
+
+    def stop(self, limit_s: float) -> None:
+        """Ask every engine to finish within ``limit_s``; those that wait to load do not start."""
+        for child in self.children:
+            child.stop(limit_s)
+
+    def close(self) -> None:
+        """Stop looking at engines, Redis and records."""
+        self._pulse.close()
+        self._lookout.close()
+
+    # --- what models ask for ---
+
+    def _make_child(self, entry: ServeSettings, seat: Seat, record: ModelRecord) -> Child:
+        program = self._make_program(entry, seat, record, lambda: self._may_load(seat))
+        return Child(program, self._tell)
+
+    def _may_load(self, seat: Seat) -> bool:
+        """Free memory is measured while loading, so only one engine at a time loads on a GPU."""
+        return not any(
+            replica.loading and not set(replica.seat.gpus).isdisjoint(seat.gpus)
+            for model in self.models
+            for replica in model.replicas
+        )
+
+    def _has_room(self, seat: Seat) -> bool:
+        taken = self._extra()
+        for model in self.models:
+            if model.residence is not residency.Residence.UNLOADED:
+                for gpu, share in model.placement.shares.items():
+                    taken[gpu] = taken.get(gpu, 0.0) + share
+        share = seat.share or 0.0
+        return all(taken.get(gpu, 0.0) + share <= 1 + residency.EPSILON for gpu in seat.gpus)
+
+    def _in_hand(self, model: str) -> bool:
+        return in_use(engines_lock(self._settings.run_dir, model))
+
+    # --- residency ---
+
+    def _renew_records(self) -> None:
+        records = self._lookout.records
+        for model in self.models:
+            # One that was removed goes on as it is: requests for it are refused elsewhere.
+            if model.name in records:
+                model.renew(records[model.name])
+
+    def _plan(self, now_s: float) -> None:
+        standings = [self._standing(model, now_s) for model in self.models]
+        plan = residency.plan(standings, now_s, self._limits, self._extra())
+        by_name = {model.name: model for model in self.models}
+        for name in plan.load:
+            by_name[name].load()
+        for name, wish in plan.unload.items():
+            by_name[name].retire(f"it makes room for {wish}")
+
+    def _standing(self, model: ServedModel, now_s: float) -> Standing:
+        wanted = model.name in self._lookout.wanted or model.standby.wanted_age_s() < WISH_S
+        loaded = model.residence is residency.Residence.LOADED
+        if loaded or not wanted:
+            model.wanted_since_s = None
+        elif model.wanted_since_s is None:
+            model.wanted_since_s = now_s
+        if wanted or (loaded and model.on_demand and self._works(model)):
+            model.used_at_s = now_s
+        return Standing(
+            model=model.name,
+            shares=model.placement.shares,
+            on_demand=model.on_demand,
+            residence=model.residence,
+            since_s=model.loaded_at_s,
+            used_at_s=model.used_at_s,
+            busy=now_s - model.used_at_s < IDLE_S,
+            wanted_since_s=model.wanted_since_s,
+            may_load=model.may_load,
+            may_leave=not model.changing,
+        )
+
+    def _works(self, model: ServedModel) -> bool:
+        busy = any(self._pulse.busy(target) for target in self._targets(model))
+        return busy or self._in_hand(model.name)
+
+    def _extra(self) -> dict[str, float]:
+        taken: dict[str, float] = {}
+        for model in self.models:
+            for seat in model.extra:
+                for gpu in seat.gpus:
+                    taken[gpu] = taken.get(gpu, 0.0) + (seat.share or 0.0)
+        return taken
+
+    # --- engines that hang ---
+
+    def _end_silent(self) -> None:
+        limit_s = self._settings.node.engine_silence_s
+        self._pulse.watch(target for model in self.models for target in self._targets(model))
+        for model in self.models:
+            for replica in model.replicas:
+                target = self._target(model, replica)
+                if target is not None and self._pulse.silent_s(target) > limit_s:
+                    assert replica.child is not None
+                    replica.child.condemn(f"hung: it said nothing for {limit_s:g} s")
+
+    def _targets(self, model: ServedModel) -> list[Target]:
+        found = (self._target(model, replica) for replica in model.replicas)
+        return [target for target in found if target is not None]
+
+    def _target(self, model: ServedModel, replica: Replica) -> Target | None:
+        child = replica.child
+        if child is None or child.state is not State.READY or child.pid is None:
+            return None
+        path = socket_path(self._settings.run_dir, model.name, replica.seat.number)
+        return path, child.pid
