@@ -147,7 +147,8 @@ class ServeSettings(_Section):
     load: Literal["always", "on_demand"] = "always"
     """``on_demand``: not loaded before somebody asks for it, unless everything fits."""
     session_len: Count = 8192
-    max_running: Count = 32
+    max_running: Count | None = None
+    """Requests that one replica works on at once; none: what suits its engine."""
     options: dict[str, Any] = {}
 
     @property
@@ -178,7 +179,8 @@ class NodeSettings(_Section):
     )
     serve: tuple[ServeSettings, ...] = ()
     """Without any, a node serves every linked model, each with the engine it was linked with."""
-    batch_processes: Count = 2
+    batch_processes: Count | Literal["auto"] = "auto"
+    """They read, verify and cut images; ``auto``: most cores beside GPUs, else two."""
     chat_threads: Count = 256
     """Each chat in progress holds one thread."""
     engine_restart_s: Seconds = 1

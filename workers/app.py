@@ -26,6 +26,7 @@ from shared.queue import CONTROL_QUEUE, batch_queue, chat_queue, make_celery
 from shared.settings import Settings
 from workers.batch_worker import BatchWorker
 from workers.inference.chat import ChatWorker
+from workers.placement import count_batch_processes
 from workers.tasks import register_batch_task, register_chat_task
 
 log = get_logger(__name__)
@@ -90,7 +91,8 @@ def run_batch_consumer(settings: Settings) -> None:
     register_batch_task(app, run_slice)
     models = _served_models(settings)
     queues = [CONTROL_QUEUE, *(batch_queue(model) for model in models)]
-    _run(app, "batch", settings, queues, pool="prefork", concurrency=settings.node.batch_processes)
+    processes = count_batch_processes(settings.node, len(os.sched_getaffinity(0)))
+    _run(app, "batch", settings, queues, pool="prefork", concurrency=processes)
 
 
 def run_chat_consumer(settings: Settings) -> None:

@@ -11,12 +11,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from shared.errors import ConfigurationError
-from shared.settings import ServeSettings
+from shared.settings import NodeSettings, ServeSettings
 
 PYTORCH_REPLICAS_PER_GPU = 4
 """lmdeploy's PyTorch engine is bound by Python: one process gave 61 images/s on one GPU, two 104,
 four 166, eight 157."""
 CORES_PER_REPLICA = 3
+DEFAULT_RUNNING = 32
+TURBOMIND_RUNNING = 256
+PYTORCH_RUNNING = 128
+MIN_BATCH_PROCESSES = 2
+MAX_BATCH_PROCESSES = 48
+SPARE_CORES = 2
+"""For the engines, the API and Redis, which go first in any case: batches run at niceness 10."""
 WORKING_BYTES = 6 * 1024**3
 """What a replica needs beside its weights for keys, values and activations."""
 
@@ -93,6 +100,28 @@ def count_replicas(entry: ServeSettings, weights: int | None, machine: Machine, 
             machine.cores // (CORES_PER_REPLICA * max(1, slots)),
         )
     return max(1, per_slot) * max(1, len(entry.gpus))
+
+
+def count_batch_processes(node: NodeSettings, cores: int) -> int:
+    """How many processes work on batches: as configured, or for ``auto`` by what they have to feed.
+
+    A GPU is faster than several cores are at decoding photos, so beside one nearly all of them
+    decode; an engine that computes on the processor itself needs the cores more.
+    """
+    if node.batch_processes != "auto":
+        return node.batch_processes
+    if not any(entry.gpus for entry in node.serve):
+        return MIN_BATCH_PROCESSES
+    return max(MIN_BATCH_PROCESSES, min(MAX_BATCH_PROCESSES, cores - SPARE_CORES))
+
+
+def count_running(entry: ServeSettings) -> int:
+    """How many requests one replica works on at once: as configured, or what suits its engine."""
+    if entry.max_running is not None:
+        return entry.max_running
+    if entry.engine != "lmdeploy":
+        return DEFAULT_RUNNING
+    return PYTORCH_RUNNING if _wants_many(entry) else TURBOMIND_RUNNING
 
 
 def seats(entry: ServeSettings, replicas: int) -> tuple[Seat, ...]:

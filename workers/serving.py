@@ -13,6 +13,7 @@ from shared.errors import ConfigurationError
 from shared.models import ModelDefaults, ModelRecord, ModelRegistry
 from shared.settings import ServeSettings, Settings
 from workers.inference.engines.base import EngineSpec
+from workers.placement import count_running
 
 TINY_NAME = "tiny-internvl2"
 TINY_CHECKPOINT = Path(__file__).parent / "inference" / "tiny" / "checkpoint"
@@ -50,7 +51,7 @@ def engine_spec(
         path=record.path,
         trust_remote_code=record.trust_remote_code,
         session_len=entry.session_len,
-        max_running=entry.max_running,
+        max_running=count_running(entry),
         options=entry.options,
         memory_share=memory_share,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,25 +15,12 @@ Sections = dict[str, dict[str, Any]]
 """Settings by section; ``serve`` is the model's entry of ``node.serve``."""
 
 SETUPS: dict[str, Sections] = {
-    # GPU-bound with one process, as long as images come prepared.
+    # What a person gets who names the engine and the GPU, and nothing else.
     "turbomind": {
-        "serve": {
-            "engine": "lmdeploy",
-            "replicas": 1,
-            "max_running": 256,
-            "options": {"backend": "turbomind"},
-        }
+        "serve": {"engine": "lmdeploy", "replicas": 1, "options": {"backend": "turbomind"}}
     },
-    # Bound by Python per token, so four processes share the GPU; each takes its part of the
-    # memory that the others leave.
-    "pytorch": {
-        "serve": {
-            "engine": "lmdeploy",
-            "replicas": 4,
-            "max_running": 64,
-            "options": {"backend": "pytorch", "cache_max_entry_count": 0.15},
-        }
-    },
+    # As many as "auto" would choose on a machine with 16 cores for each GPU.
+    "pytorch": {"serve": {"engine": "lmdeploy", "replicas": 4, "options": {"backend": "pytorch"}}},
     # No model: the dry run.
     "echo": {"serve": {"engine": "echo", "replicas": 1, "max_running": 256}},
 }
@@ -45,7 +31,6 @@ _COMMON: Sections = {
     "queue": {"drain_s": 3},
     "node": {"engine_wait_s": 120},
 }
-_SPARE_CORES = 2
 
 
 def setup_of(backend: str, gpus: Sequence[str], changes: Sequence[str] = ()) -> Sections:
@@ -58,7 +43,6 @@ def setup_of(backend: str, gpus: Sequence[str], changes: Sequence[str] = ()) -> 
     Raises: ConfigurationError naming the change that is wrong.
     """
     sections = copy.deepcopy({**_COMMON, **SETUPS[backend]})
-    sections["node"]["batch_processes"] = max(2, (os.cpu_count() or 2) - _SPARE_CORES)
     for change in changes:
         only, setting = _addressed(change)
         if only in {"", backend}:

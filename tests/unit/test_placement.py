@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import ConfigurationError
-from shared.settings import ServeSettings
-from workers.placement import Machine, Seat, count_replicas, place, seats
+from shared.settings import NodeSettings, ServeSettings
+from workers.placement import (
+    Machine,
+    Seat,
+    count_batch_processes,
+    count_replicas,
+    count_running,
+    place,
+    seats,
+)
 
 GIB = 1024**3
 H200 = Machine(cores=16, gpu_bytes={"0": 141 * GIB, "1": 141 * GIB})
@@ -55,6 +63,41 @@ def test_the_number_of_replicas(
     """Of each engine, on each machine."""
     found = entry(**fields)
     assert count_replicas(found, weights, machine, max(1, len(found.gpus))) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "gpus", "cores", "expected"),
+    [
+        ("auto", ["0"], 16, 14),
+        ("auto", ["0"], 2, 2),
+        ("auto", ["0", "1"], 128, 48),
+        # An engine on the processor needs the cores itself.
+        ("auto", [], 64, 2),
+        (5, ["0"], 64, 5),
+    ],
+)
+def test_a_gpu_is_fed_by_all_cores_but_two(
+    said: Any, gpus: list[str], cores: int, expected: int
+) -> None:
+    """Unless somebody knows better."""
+    node = NodeSettings(batch_processes=said, serve=(entry(gpus=gpus),))
+    assert count_batch_processes(node, cores) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"engine": "lmdeploy"}, 256),
+        (PYTORCH, 128),
+        ({"engine": "transformers"}, 32),
+        ({"engine": "lmdeploy", "max_running": 7}, 7),
+    ],
+)
+def test_how_many_requests_run_at_once_suits_the_engine(
+    fields: dict[str, Any], expected: int
+) -> None:
+    """Unless the entry says."""
+    assert count_running(entry(**fields)) == expected
 
 
 def test_replicas_of_one_gpu_divide_the_share_equally() -> None:
