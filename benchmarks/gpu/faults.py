@@ -86,7 +86,7 @@ def _report(
 def _running(session: Session, backend: str) -> None:
     """A killed engine, broken pictures, too long prompts: one node for all three."""
     with session.step(f"{backend}: a node of several replicas"):
-        sections = _several(setup_of(backend, session.gpus, session.changes), backend)
+        sections = _several(setup_of(backend, session.gpus, session.changes))
         roots = [session.photo_folder]
         with prepared_node(sections, session.checkpoint, roots) as node:
             load_s = start(node, session.clock.limit(_LOAD_LIMIT_S))
@@ -100,13 +100,11 @@ def _running(session: Session, backend: str) -> None:
                 _too_long(session, node)
 
 
-def _several(sections: Sections, backend: str) -> Sections:
+def _several(sections: Sections) -> Sections:
     """At least two replicas; two TurboMinds on one GPU share its memory."""
     serve = sections["serve"]
     if serve["replicas"] < 2:
         serve["replicas"] = 2
-        if backend != "echo":
-            serve["options"] = {"cache_max_entry_count": 0.3, **serve.get("options", {})}
     return sections
 
 
