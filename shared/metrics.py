@@ -179,7 +179,7 @@ REPLICAS = Metric(
     "gauge",
     "Engine processes by state",
     ("node", "model", "state"),
-    {"state": ("starting", "ready", "failed", "restarting", "stopping")},
+    {"state": ("starting", "ready", "failed", "restarting", "stopping", "unloaded")},
 )
 REPLICA_RESTARTS = Metric(
     "vlmq_replica_restarts_total",

@@ -227,7 +227,8 @@ class Fleet:
 
     def _target(self, model: ServedModel, replica: Replica) -> Target | None:
         child = replica.child
-        if child is None or child.state is not State.READY or child.pid is None:
+        # One that hangs while it stops is found out sooner than by its long drain limit.
+        if child is None or child.state not in {State.READY, State.STOPPING} or child.pid is None:
             return None
         path = socket_path(self._settings.run_dir, model.name, replica.seat.number)
         return path, child.pid

@@ -83,6 +83,8 @@ def _ailments(nodes: list[NodeReport], name: str) -> list[str]:
             *(
                 (f"{r.model}/{r.replica}", r.state, f" ({r.detail})" if r.detail else "")
                 for r in node.replicas
+                # One that is loaded on demand, or replaced, starts because all is well.
+                if r.state != "starting" or r.model not in node.obtainable
             ),
         )
         if state in _AILING

@@ -160,6 +160,18 @@ def test_an_engine_that_hangs_is_killed_and_started_again() -> None:
         assert ask(node, "echo") == "are you there"
 
 
+def test_an_engine_that_hangs_while_it_is_replaced_does_not_stop_that() -> None:
+    """Given a stopped engine process, when it is to make room for its successor, then it does."""
+    node_settings = {**NODE, "engine_silence_s": 3}
+    with running_node(models=(model(gpus=["0"]),), node=node_settings) as node:
+        before = pids(node)
+        [pid] = node.engine_pids()
+        os.kill(pid, signal.SIGSTOP)
+        command(node, "reload", "echo")
+        wait_until_replaced(node, before, 1)
+        assert ask(node, "echo") == "are you there"
+
+
 def test_a_node_that_was_suspended_blames_no_engine() -> None:
     """Given a node process that was stopped for longer than engines may be silent, all live on."""
     node_settings = {**NODE, "engine_silence_s": 2}

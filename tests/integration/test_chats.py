@@ -242,6 +242,15 @@ def test_without_a_ready_replica_nothing_waits(own_stores: Stores) -> None:
     assert tickets(own_stores) == 0
 
 
+def test_a_model_that_some_node_can_load_is_waited_for(own_stores: Stores) -> None:
+    """Its replicas are unloaded, and the node says that a request brings it."""
+    replicas = [ReplicaReport("m", 0, "unloaded")]
+    report = NodeReport("n", int(time.time()), replicas, obtainable=["m"])
+    own_stores.presence.announce(report, ttl_s=60)
+    submit(own_stores)
+    assert tickets(own_stores) == 1
+
+
 def test_more_than_may_be_open_are_refused(redis_url: str, tmp_path: Path) -> None:
     """Until one has ended."""
     settings = store_settings(redis_url, tmp_path, api={"max_waiting_chats": 2})

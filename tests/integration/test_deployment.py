@@ -231,6 +231,24 @@ def test_a_node_is_as_well_as_its_programs(
     assert "another" not in said.out + said.err
 
 
+def test_a_model_that_is_loaded_on_demand_is_no_ailment(
+    locked_valkey: LockedValkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``vlmq health`` passes while it is unloaded, and while it loads."""
+    monkeypatch.setenv("VLMQ_STORAGE__DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("VLMQ_REDIS__URL", locked_valkey.url)
+    monkeypatch.setenv("VLMQ_REDIS__PASSWORD_FILE", str(locked_valkey.password_file))
+    monkeypatch.setenv("VLMQ_NODE__NAME", NODE)
+    states: list[Any] = ["unloaded", "starting"]
+    with connected(load_settings()) as stores:
+        for state in states:
+            reports = [ReplicaReport("m", 0, state)]
+            said = NodeReport(NODE, unix_now(), reports, {"chat": "ready"}, obtainable=["m"])
+            stores.presence.announce(said)
+            assert run(["health"]) == 0
+        stores.presence.forget(NODE)
+
+
 def test_valkeys_health_check_needs_the_password(
     locked_valkey: LockedValkey, tmp_path: Path
 ) -> None:

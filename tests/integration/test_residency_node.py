@@ -61,7 +61,7 @@ def test_nothing_is_loaded_before_it_is_asked_for(node: RunningNode) -> None:
 def test_a_chat_loads_its_model_and_waits_for_it(node: RunningNode) -> None:
     """The first request is answered, not refused."""
     assert ask(node, "b") == "are you there"
-    assert states(node, "b") == ["ready"]
+    wait_for_states(node, "b", "ready")
 
 
 def test_the_least_recently_used_one_makes_room(node: RunningNode) -> None:

@@ -50,6 +50,15 @@ def test_an_example_file_loads(path: Path) -> None:
     assert load_settings(path).node.serve
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_an_example_file_fits_its_machine(path: Path) -> None:
+    """Its models have room on the GPUs that it names."""
+    serve = load_settings(path).node.serve
+    record = ModelRecord("any", None, None, False, 0, "vlmq")
+    placed = place_models(serve, {entry.model: record for entry in serve})
+    assert all(placement.seats for placement in placed)
+
+
 def test_an_example_gives_each_replica_its_own_gpu(tmp_path: Path) -> None:
     """Given the eight GPU example, then replicas 0 to 6 see GPUs 0 to 6."""
     example = load_settings(CONFIGS[0])
