@@ -96,6 +96,10 @@ class QueueSettings(_Section):
     renew_s: Seconds = 5
     reap_s: Seconds = 2
     chunk_items: Annotated[int, Field(ge=1, le=65536)] = 256
+    min_chunk_items: Annotated[int, Field(ge=1, le=65536)] = 16
+    spread_chunks: Count = 64
+    """A batch is cut into about so many chunks, within the two bounds, so that a small one keeps
+    all workers busy, too."""
     chunk_bytes: Count = 8 * MIB
     """A chunk is closed early when its lines reach this size."""
     max_line_bytes: Count = 64 * MIB

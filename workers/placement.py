@@ -22,8 +22,6 @@ TURBOMIND_RUNNING = 256
 PYTORCH_RUNNING = 128
 MIN_BATCH_PROCESSES = 2
 MAX_BATCH_PROCESSES = 48
-SPARE_CORES = 2
-"""For the engines, the API and Redis, which go first in any case: batches run at niceness 10."""
 WORKING_BYTES = 6 * 1024**3
 """What a replica needs beside its weights for keys, values and activations."""
 
@@ -105,14 +103,15 @@ def count_replicas(entry: ServeSettings, weights: int | None, machine: Machine, 
 def count_batch_processes(node: NodeSettings, cores: int) -> int:
     """How many processes work on batches: as configured, or for ``auto`` by what they have to feed.
 
-    A GPU is faster than several cores are at decoding photos, so beside one nearly all of them
-    decode; an engine that computes on the processor itself needs the cores more.
+    A GPU is faster than many cores are at decoding photos, so beside one all of them decode, at a
+    niceness that lets everything else go first; an engine that computes on the processor itself
+    needs the cores more.
     """
     if node.batch_processes != "auto":
         return node.batch_processes
     if not any(entry.gpus for entry in node.serve):
         return MIN_BATCH_PROCESSES
-    return max(MIN_BATCH_PROCESSES, min(MAX_BATCH_PROCESSES, cores - SPARE_CORES))
+    return max(MIN_BATCH_PROCESSES, min(MAX_BATCH_PROCESSES, cores))
 
 
 def count_running(entry: ServeSettings) -> int:

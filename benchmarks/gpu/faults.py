@@ -103,8 +103,7 @@ def _running(session: Session, backend: str) -> None:
 def _several(sections: Sections) -> Sections:
     """At least two replicas; two TurboMinds on one GPU share its memory."""
     serve = sections["serve"]
-    if serve["replicas"] < 2:
-        serve["replicas"] = 2
+    serve["replicas"] = max(serve["replicas"], 2)
     return sections
 
 

@@ -22,7 +22,15 @@ from shared.errors import (
 from tests.contract.conftest import SESSION_LEN, Kind, StartHost
 from tests.contract.hosts import MODEL, PATIENCE_S, RawClient, ask, wait_for
 from workers.inference.engines import wire
-from workers.inference.engines.base import Answer, Completion, Delta
+from workers.inference.engines.base import (
+    Answer,
+    Completion,
+    Delta,
+    Image,
+    Prompt,
+    Sampling,
+    Turn,
+)
 from workers.inference.engines.client import EngineClient
 from workers.inference.engines.flight import Flight
 
@@ -407,6 +415,23 @@ def test_a_flight_can_drop_its_work_and_go_on(run_dir: Path, start_host: StartHo
         flight.submit([ask("again", i) for i in range(10)])
         answers = everything(flight)
     assert {getattr(answer, "text", None) for answer in answers.values()} == {"again"}
+
+
+def test_large_prompts_are_on_their_way_when_submit_returns(
+    run_dir: Path, start_host: StartHost
+) -> None:
+    """The caller may be busy for long before it looks again; the engine has all of them."""
+    start_host(options=FAULTS, spec={"max_running": 64})
+    image = Image(bytes(1024 * 1024))
+    turns = [Turn("user", [0, "[[echo:hang]]"])]
+    client = EngineClient(run_dir, MODEL)
+    wait_for(lambda: len(client.replicas()) == 1, "the replica")
+    with Flight(run_dir, MODEL) as flight:
+        flight.look(PATIENCE_S)
+        flight.submit([Prompt(i, turns, Sampling(), [image]) for i in range(40)])
+        # The flight is not asked again, so what it has not sent by now it never sends.
+        wait_for(lambda: client.replicas()[0].running == 40, "all to run")
+    client.close()
 
 
 def test_a_flight_keeps_to_its_window(run_dir: Path, start_host: StartHost) -> None:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from workers.inference.engines.lanes import Lanes
+from workers.inference.engines.pace import CHATTING_S, Pace
 from workers.inference.engines.wire import Lane
 
 
@@ -15,7 +16,7 @@ def test_chat_overtakes_waiting_batch_prompts() -> None:
     lanes.offer("batch", ["b1", "b2"])
     lanes.offer("chat", ["c1"])
     assert lanes.take() == ["c1"]
-    lanes.release("chat")
+    lanes.release("chat", "c1")
     assert lanes.take() == ["b1"]
 
 
@@ -57,12 +58,32 @@ def test_withdrawn_prompts_never_start() -> None:
     assert lanes.take() == [1, 3, 5]
 
 
+def test_beside_a_chat_a_batch_enters_by_and_by() -> None:
+    """And what waits only for its time is said to be held back."""
+    now = [0.0]
+    pace = Pace(floor=10, clock=lambda: now[0])
+    lanes: Lanes[int] = Lanes(max_running=64, max_waiting=100, pace=pace)
+    lanes.offer("chat", [-1])
+    lanes.offer("batch", range(30))
+    assert lanes.take() == [-1, 0, 1]
+    assert lanes.held_back
+    assert lanes.take() == []
+    now[0] += 0.1
+    assert lanes.take() == [2]
+    now[0] += CHATTING_S
+    assert lanes.take() == list(range(3, 30))
+    assert not lanes.held_back
+
+
 class LanesMachine(RuleBasedStateMachine):
     """Any sequence of calls keeps the bounds and loses nobody."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lanes: Lanes[tuple[Lane, int]] = Lanes(max_running=5, max_waiting=3)
+        self.now = 0.0
+        self.lanes: Lanes[tuple[Lane, int]] = Lanes(
+            max_running=5, max_waiting=3, pace=Pace(floor=4, clock=lambda: self.now)
+        )
         self.running: list[tuple[Lane, int]] = []
         self.accepted: dict[Lane, list[tuple[Lane, int]]] = {"chat": [], "batch": []}
         self.number = 0
@@ -75,6 +96,10 @@ class LanesMachine(RuleBasedStateMachine):
         assert list(refused) == items[count - len(refused) :]
         self.accepted[lane] += items[: count - len(refused)]
 
+    @rule(seconds=st.sampled_from([0.01, 0.3, 1, 20]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
     @rule()
     def take(self) -> None:
         for item in self.lanes.take():
@@ -84,11 +109,12 @@ class LanesMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 20))
     def release(self, index: int) -> None:
         if self.running:
-            lane, _ = self.running.pop(index % len(self.running))
-            self.lanes.release(lane)
+            item = self.running.pop(index % len(self.running))
+            self.lanes.release(item[0], item)
 
     @invariant()
     def bounds_hold(self) -> None:
+        assert not self.lanes.held_back or self.accepted["batch"]
         assert self.lanes.running == len(self.running) <= 5
         assert sum(lane == "batch" for lane, _ in self.running) <= 4
         assert self.lanes.waiting == sum(map(len, self.accepted.values()))

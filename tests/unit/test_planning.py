@@ -78,6 +78,19 @@ def plan(tmp_path: Path) -> Planner:
 # --- chunks -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("items", "fewest", "most"), [(10, 1, 1), (500, 31, 33), (2_000, 60, 68), (40_000, 150, 175)]
+)
+def test_a_small_batch_is_cut_small_enough_for_all_workers(
+    plan: Planner, items: int, fewest: int, most: int
+) -> None:
+    """Some sixty chunks, or as many as hold 256 lines each, or 16."""
+    plan(b"\n".join(request(f"i{n:06}") for n in range(items)))
+    chunks = plan.chunks()
+    assert fewest <= len(chunks) <= most
+    assert max(chunk.items for chunk in chunks) <= 256
+
+
 def test_chunks_are_cut_by_items(plan: Planner) -> None:
     """The last one holds the rest."""
     content = b"".join(request(f"i{n}") + b"\n" for n in range(10))

@@ -19,6 +19,8 @@ MAX_PNG_METADATA_BYTES = 1024 * 1024
 """Most that one compressed PNG text or colour profile may inflate to; Pillow's own limit."""
 MAX_JPEG_SCANS = 100
 """Honest progressive files have about ten; each costs a pass over every pixel."""
+MAX_JPEG_SEGMENTS = 1000
+"""Most that are looked at before the first scan; honest files have a dozen."""
 MAX_TIFF_TAGS = 4096
 MAX_TIFF_VALUES = 262_144
 """Most numbers in one tag, such as the offsets of strips."""
@@ -38,10 +40,36 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 def check_jpeg(data: bytes) -> None:
     """Refuse files made of very many scans. Raises: ImageUnreadable."""
-    if data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    if not _is_one_scan(data) and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
         raise ImageUnreadable(
             f"the JPEG has more than {MAX_JPEG_SCANS} scans; save it again as a plain JPEG"
         )
+
+
+_SEQUENTIAL = frozenset({0xC0, 0xC1})
+_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+_START_OF_SCAN = 0xDA
+
+
+def _is_one_scan(data: bytes) -> bool:
+    """Whether the first scan of a sequential JPEG holds all its components.
+
+    A decoder reads no further then, and nobody needs to look for more in megabytes of pixels.
+    Anything unusual on the way there answers no.
+    """
+    start, components = 2, None
+    for _ in range(MAX_JPEG_SEGMENTS):
+        if start + 5 > len(data) or data[start] != 0xFF:
+            break
+        marker, length = data[start + 1], int.from_bytes(data[start + 2 : start + 4], "big")
+        if marker == _START_OF_SCAN:
+            return components is not None and data[start + 4] == components
+        if marker in _FRAMES:
+            if marker not in _SEQUENTIAL or components is not None or start + 10 > len(data):
+                return False
+            components = data[start + 9]
+        start += 2 + length
+    return False
 
 
 # --- PNG --------------------------------------------------------------------------------------

@@ -159,7 +159,9 @@ class _Tiles(_Use[tuple[bytes, int, int]]):
 
     def after(self, image: ImageFile.ImageFile) -> tuple[bytes, int, int]:
         """Turn, convert, scale and cut."""
-        picture = upright(image).convert("RGB")
+        picture = upright(image)
+        if picture.mode != "RGB":
+            picture = picture.convert("RGB")
         return cut(picture, self._grid, self._tiling), *self._size
 
 

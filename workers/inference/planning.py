@@ -94,7 +94,7 @@ def plan_batch(
         writer = ManifestWriter(folder, scratch)
         with storage_errors(source), open(source, "rb", buffering=_READ_BYTES) as stream:
             lines = survey.watch(read_lines(stream, settings.max_line_bytes), keep_going)
-            chunks = writer.write_chunks(cut(lines, settings))
+            chunks = writer.write_chunks(cut(lines, settings, source.stat().st_size))
             model = survey.require_model()
             repeated = survey.repeated_hashes()
             if repeated:
@@ -132,15 +132,22 @@ def _skip_line(stream: BinaryIO) -> int:
     return skipped
 
 
-def cut(lines: Iterator[Line], settings: QueueSettings) -> Iterator[Chunk]:
-    """Group consecutive lines; an over-long line is a chunk of its own."""
-    index, items = 0, 0
+def cut(lines: Iterator[Line], settings: QueueSettings, size_bytes: int) -> Iterator[Chunk]:
+    """Group consecutive lines; an over-long line is a chunk of its own.
+
+    ``size_bytes`` is the whole file's. From it and the lines read so far follows about how many
+    there are, and so how many belong in a chunk if all workers are to have some.
+    """
+    index, items, seen = 0, 0, 0
+    most = min(settings.min_chunk_items, settings.chunk_items)
     first = last = Line(0, 0, 0, b"")
     for line in lines:
         size = line.offset + line.length - first.offset
-        full = items >= settings.chunk_items or size > settings.chunk_bytes
+        full = items >= most or size > settings.chunk_bytes
         if items and (full or not line.text or not last.text):
             yield _chunk(index, first, last, items)
+            seen += items
+            most = _fair(seen, line.offset, size_bytes, settings)
             index, items = index + 1, 0
         if items == 0:
             first = line
@@ -148,6 +155,13 @@ def cut(lines: Iterator[Line], settings: QueueSettings) -> Iterator[Chunk]:
         items += 1
     if items:
         yield _chunk(index, first, last, items)
+
+
+def _fair(seen: int, offset: int, size_bytes: int, settings: QueueSettings) -> int:
+    """How many lines the next chunk should have, ``seen`` of them being before ``offset``."""
+    expected = seen * size_bytes / max(1, offset)
+    fair = round(expected / settings.spread_chunks)
+    return min(settings.chunk_items, max(settings.min_chunk_items, fair))
 
 
 def _chunk(index: int, first: Line, last: Line, items: int) -> Chunk:

@@ -18,6 +18,7 @@ from shared.log import get_logger
 from workers.inference.engines.base import (
     Completion,
     Engine,
+    Image,
     Prompt,
     as_engine_error,
     let_go,
@@ -28,6 +29,8 @@ from workers.inference.engines.wire import Lane, Load, MalformedFrame, Submit
 log = get_logger(__name__)
 
 ABORT_AGAIN_S = 0.05
+ADMIT_AGAIN_S = 0.005
+"""How soon to look again for what the pace held back."""
 
 
 class Caller(Protocol):
@@ -64,12 +67,13 @@ class Dispatcher:
 
     def __init__(self, engine: Engine, max_running: int, max_waiting: int) -> None:
         self._engine = engine
-        self._lanes: Lanes[_Request] = Lanes(max_running, max_waiting)
+        self._lanes: Lanes[_Request] = Lanes(max_running, max_waiting, self._cost)
         self._requests: dict[Caller, dict[int, _Request]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_id = 0
         self._accepting = True
         self._admission_due = False
+        self._admit_later: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -162,6 +166,9 @@ class Dispatcher:
     def _admit(self) -> None:
         self._admission_due = False
         admitted = self._lanes.take()
+        if self._lanes.held_back and self._admit_later is None:
+            loop = asyncio.get_running_loop()
+            self._admit_later = loop.call_later(ADMIT_AGAIN_S, self._admit_again)
         if not self._lanes.running:
             self._empty.set()
         if not admitted:
@@ -176,6 +183,16 @@ class Dispatcher:
                 whole[request.prompt.id] = request
         if whole:
             self._spawn(self._complete(whole))
+
+    def _admit_again(self) -> None:
+        self._admit_later = None
+        self._admit()
+
+    def _cost(self, request: _Request) -> float:
+        """How much of the engine's time a prompt takes, in images' tiles."""
+        tiling = self._engine.tiling()
+        tile_bytes = tiling.tile_px**2 * 3 if tiling is not None else 0
+        return max(1, sum(_tiles(image, tile_bytes) for image in request.prompt.images))
 
     def _start_stream(self, request: _Request) -> None:
         request.task = self._spawn(self._stream(request))
@@ -240,7 +257,7 @@ class Dispatcher:
 
     def _release(self, request: _Request) -> None:
         request.released = True
-        self._lanes.release(request.lane)
+        self._lanes.release(request.lane, request)
         # Once per turn of the loop: prompts that finish together let a group in together.
         if not self._admission_due:
             self._admission_due = True
@@ -251,6 +268,10 @@ class Dispatcher:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _tiles(image: Image, tile_bytes: int) -> int:
+    return len(image.data) // tile_bytes if image.encoding == "tiles" and tile_bytes else 1
 
 
 def _stopping() -> EngineUnavailable:

@@ -39,6 +39,8 @@ from workers.inference.engines.replicas import (
 log = get_logger(__name__)
 
 MIN_WINDOW = 256
+SEND_LIMIT_S = 2.0
+"""How long ``submit`` tries to get rid of its bytes; an engine that reads takes milliseconds."""
 _RECV_BYTES = 256 * 1024
 _CONNECT_TIMEOUT_S = 1.0
 
@@ -151,12 +153,20 @@ class Flight:
             self._turn(min(left_s, SCAN_S))
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
-        """Send prompts off without waiting for anything.
+        """Send prompts off without waiting for answers.
 
         Ids must be unique among those in flight; each comes back once from ``results``.
         """
         self._backlog.extend(prompts)
         self._turn(0)
+        # A socket takes a fifth of a megabyte at a time. What is left would go out only when the
+        # caller comes back, and the engine would starve while it prepares the next images.
+        deadline_s = time.monotonic() + SEND_LIMIT_S
+        while any(line.unsent for line in self._lines.values()):
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                break
+            self._turn(min(left_s, SCAN_S))
 
     def results(self, timeout_s: float) -> list[Answer]:
         """Wait for answers and return all there are: (id, completion or error).

@@ -2,7 +2,8 @@
 
 Knows nothing of sockets or engines. Prompts of the ``chat`` lane overtake waiting ones of the
 ``batch`` lane, and some running slots are for chat only, so that a chat never waits for a batch
-prompt to finish while the batch keeps the engine full.
+prompt to finish while the batch keeps the engine full. While there are chats, batch prompts enter
+by a pace instead of all at once.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+from workers.inference.engines.pace import Pace
 from workers.inference.engines.wire import Lane
 
 T = TypeVar("T")
+
+MIN_RATE = 32.0
+"""Batch prompts per second that enter beside chats in any case."""
 
 
 class Lanes(Generic[T]):
@@ -21,9 +26,18 @@ class Lanes(Generic[T]):
 
     ``max_running`` bounds both lanes together; a quarter of it, at least one, is out of reach for
     ``batch``, unless there is only one slot. ``max_waiting`` bounds each lane on its own.
+    ``cost`` says what an item of a batch costs the engine; 1 is the least.
     """
 
-    def __init__(self, max_running: int, max_waiting: int) -> None:
+    def __init__(
+        self,
+        max_running: int,
+        max_waiting: int,
+        cost: Callable[[T], float] = lambda _: 1.0,
+        pace: Pace | None = None,
+    ) -> None:
+        self._cost = cost
+        self._pace = pace or Pace(floor=max(MIN_RATE, max_running / 2))
         reserve = max(1, max_running // 4)
         self._max_running = max_running
         self._max_waiting = max_waiting
@@ -47,6 +61,8 @@ class Lanes(Generic[T]):
         Those that could start at once do not count as waiting.
         """
         queue = self._waiting[lane]
+        if lane == "chat":
+            self._pace.chat()
         room = max(0, self._max_waiting + self._free(lane) - len(queue))
         queue.extend(items[:room] if room < len(items) else items)
         return items[room:]
@@ -55,9 +71,16 @@ class Lanes(Generic[T]):
         """Move all that may start now from waiting to running, chat first."""
         return self._take("chat") + self._take("batch")
 
-    def release(self, lane: Lane) -> None:
+    @property
+    def held_back(self) -> bool:
+        """Whether something waits only for its time to come: take again soon."""
+        return bool(self._waiting["batch"]) and self._free("batch") > 0
+
+    def release(self, lane: Lane, item: T) -> None:
         """One of this lane left the engine."""
         self._running[lane] -= 1
+        if lane == "batch":
+            self._pace.finished(self._cost(item))
 
     def withdraw(self, unwanted: Callable[[T], bool]) -> list[T]:
         """Remove and return the waiting ones that ``unwanted`` picks."""
@@ -76,5 +99,15 @@ class Lanes(Generic[T]):
     def _take(self, lane: Lane) -> list[T]:
         queue = self._waiting[lane]
         count = min(len(queue), self._free(lane))
+        if lane == "batch" and self._pace.is_kept:
+            return self._take_by_pace(queue, count)
         self._running[lane] += count
         return [queue.popleft() for _ in range(count)]
+
+    def _take_by_pace(self, queue: deque[T], most: int) -> list[T]:
+        taken: list[T] = []
+        while len(taken) < most and self._pace.may_enter():
+            taken.append(queue.popleft())
+            self._pace.entered(self._cost(taken[-1]))
+        self._running["batch"] += len(taken)
+        return taken
