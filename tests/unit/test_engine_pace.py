@@ -22,7 +22,7 @@ class Engine:
         for _ in range(round(seconds / 0.01)):
             self.now += 0.01
             entered = 0
-            while self.inside < self.slots and self.pace.may_enter():
+            while self.inside < self.slots and self.pace.may_enter(self.inside / self.slots):
                 self.pace.entered(cost)
                 self.inside += 1
                 entered += 1
@@ -53,12 +53,37 @@ def test_beside_chats_steps_are_short_and_the_engine_is_full_all_the_same() -> N
 
 
 def test_a_batch_that_starts_beside_chats_reaches_the_engines_speed() -> None:
-    """From the floor, by a quarter at a time."""
+    """From the floor, faster and faster while the engine is not half full."""
     engine = Engine(speed=170)
-    engine.pace.chat()
-    engine.run(6)
+    for _ in range(2):
+        engine.pace.chat()
+        engine.run(5)
     engine.pace.chat()
     assert engine.run(4) > 0.97 * 170
+
+
+def test_while_a_chat_waits_for_its_first_word_a_batch_goes_slower() -> None:
+    """A quarter of the rate; afterwards nothing is made up for in a burst."""
+    engine = Engine(speed=170)
+    engine.run(3)
+    engine.pace.chat()
+    engine.run(3)
+    engine.pace.chat_waits()
+    before = engine.inside
+    engine.run(0.2)
+    assert before - engine.inside > 0.6 * 170 * 0.2
+    engine.largest_step = 0
+    engine.pace.chat_heard()
+    engine.run(1)
+    assert engine.largest_step <= max(MIN_BURST, GROWTH * 170 * BURST_S) + 1
+
+
+def test_even_if_chats_always_wait_a_batch_goes_on() -> None:
+    """At a quarter of the floor."""
+    engine = Engine(speed=170)
+    engine.pace.chat()
+    engine.pace.chat_waits()
+    assert engine.run(8) >= 0.9 * 32 / 4
 
 
 def test_costly_prompts_are_spread_out_further() -> None:
@@ -78,4 +103,4 @@ def test_after_the_last_chat_the_pace_is_given_up() -> None:
     assert engine.pace.is_kept
     engine.now += CHATTING_S
     assert not engine.pace.is_kept
-    assert all(engine.pace.may_enter() for _ in range(1000))
+    assert all(engine.pace.may_enter(0) for _ in range(1000))

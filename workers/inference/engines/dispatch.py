@@ -50,7 +50,10 @@ class Caller(Protocol):
 
 
 class _Request(msgspec.Struct, eq=False):
-    """A prompt under its process-wide id; ``caller`` is None once nobody waits for it."""
+    """A prompt under its process-wide id; ``caller`` is None once nobody waits for it.
+
+    ``unheard`` is a chat in the engine that has no word yet.
+    """
 
     prompt: Prompt
     caller: Caller | None
@@ -59,6 +62,7 @@ class _Request(msgspec.Struct, eq=False):
     streamed: bool
     started: bool = False
     released: bool = False
+    unheard: bool = False
     task: asyncio.Task[None] | None = None
 
 
@@ -177,6 +181,9 @@ class Dispatcher:
         whole: dict[int, _Request] = {}
         for request in admitted:
             request.started = True
+            if request.lane == "chat":
+                request.unheard = True
+                self._lanes.chat_waits()
             if request.streamed:
                 self._start_stream(request)
             else:
@@ -203,6 +210,7 @@ class Dispatcher:
         deltas = self._engine.generate(request.prompt)
         try:
             async for delta in deltas:
+                self._hear(request)
                 if delta.finish_reason is not None:
                     last = Completion(
                         delta.text,
@@ -255,8 +263,14 @@ class Dispatcher:
         else:
             caller.failed(caller_id, answer)
 
+    def _hear(self, request: _Request) -> None:
+        if request.unheard:
+            request.unheard = False
+            self._lanes.chat_heard()
+
     def _release(self, request: _Request) -> None:
         request.released = True
+        self._hear(request)
         self._lanes.release(request.lane, request)
         # Once per turn of the loop: prompts that finish together let a group in together.
         if not self._admission_due:

@@ -76,6 +76,14 @@ class Lanes(Generic[T]):
         """Whether something waits only for its time to come: take again soon."""
         return bool(self._waiting["batch"]) and self._free("batch") > 0
 
+    def chat_waits(self) -> None:
+        """A chat entered the engine and waits for its first word."""
+        self._pace.chat_waits()
+
+    def chat_heard(self) -> None:
+        """That chat has its first word, or has ended without one."""
+        self._pace.chat_heard()
+
     def release(self, lane: Lane, item: T) -> None:
         """One of this lane left the engine."""
         self._running[lane] -= 1
@@ -106,7 +114,9 @@ class Lanes(Generic[T]):
 
     def _take_by_pace(self, queue: deque[T], most: int) -> list[T]:
         taken: list[T] = []
-        while len(taken) < most and self._pace.may_enter():
+        while len(taken) < most and self._pace.may_enter(
+            (self._running["batch"] + len(taken)) / self._batch_limit
+        ):
             taken.append(queue.popleft())
             self._pace.entered(self._cost(taken[-1]))
         self._running["batch"] += len(taken)

@@ -317,7 +317,8 @@ class LmdeployEngine:
         """The prompt as lmdeploy's request. Raises: ImageError, InvalidValue, RequestError."""
         prompt, ready = flight.prompt, loaded.ready
         config = loaded.make_config(**generation_settings(prompt.sampling))
-        in_thread = partial(loaded.loop.run_in_executor, loaded.threads)
+        threads = loaded.chat_threads if flight.streamed else loaded.threads
+        in_thread = partial(loaded.loop.run_in_executor, threads)
         if ready is None or not ready.fits(prompt):
             messages = await in_thread(partial(messages_of, prompt, tiled=loaded.tiled))
             return await loaded.engine.preprocess(

@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ from workers.inference.engines.lmdeploy_options import (
 )
 from workers.inference.engines.lmdeploy_prompts import ReadyPrompts
 
+CHAT_THREADS = 2
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep Python to itself while others wait: a chat passes through several
+threads, and each change of hands beside a busy one takes so long (5 ms by default)."""
 PREPARING_THREADS = 8
 
 
@@ -83,6 +88,8 @@ class Loaded:
     ready: ReadyPrompts | None
     """For images that were cut beforehand; None where lmdeploy prepares them its own way."""
     threads: ThreadPoolExecutor
+    """They prepare images of batches; those of chats have some of their own."""
+    chat_threads: ThreadPoolExecutor
 
     @property
     def engine(self) -> Any:
@@ -102,6 +109,7 @@ class Loaded:
         self.pipe.close()
         self.pipe.session_mgr.request_handle_pool.clear()
         self.threads.shutdown(wait=True, cancel_futures=True)
+        self.chat_threads.shutdown(wait=True, cancel_futures=True)
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -218,6 +226,7 @@ def _start_pipeline(spec: EngineSpec, options: Options, path: str) -> Loaded:
         trust_remote_code=spec.trust_remote_code,
     )
     ImageFile.LOAD_TRUNCATED_IMAGES = False
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     encoder = getattr(pipe.async_engine, "vl_encoder", None)
     threads = _widen(encoder, pipe.async_engine.backend, options)
     # The only ones of lmdeploy's models that take a limit of tiles with an image.
@@ -229,6 +238,7 @@ def _start_pipeline(spec: EngineSpec, options: Options, path: str) -> Loaded:
         tiled=tiled,
         ready=_ready_prompts(pipe.async_engine) if tiled else None,
         threads=threads,
+        chat_threads=_preparers(CHAT_THREADS),
     )
 
 
@@ -321,16 +331,19 @@ def _widen(encoder: Any, backend: str, options: Options) -> ThreadPoolExecutor:
         not encoder._uses_new_preprocess  # noqa: SLF001
         and (backend == "pytorch" or encoder.model._turbomind_native_vision)  # noqa: SLF001
     )
-    count = options.preprocess_threads or PREPARING_THREADS
+    threads = _preparers(options.preprocess_threads or PREPARING_THREADS)
+    if encoder is not None and (wide or options.preprocess_threads is not None):
+        encoder.executor.shutdown(wait=False)
+        encoder.executor = threads
+    return threads
+
+
+def _preparers(count: int) -> ThreadPoolExecutor:
     import torch
 
-    threads = ThreadPoolExecutor(
+    return ThreadPoolExecutor(
         count,
         thread_name_prefix="prepare",
         # Each of them with a team of its own would be more threads than processors.
         initializer=lambda: torch.set_num_threads(1),
     )
-    if encoder is not None and (wide or options.preprocess_threads is not None):
-        encoder.executor.shutdown(wait=False)
-        encoder.executor = threads
-    return threads
