@@ -109,7 +109,7 @@ def count_batch_processes(node: NodeSettings, cores: int) -> int:
     """
     if node.batch_processes != "auto":
         return node.batch_processes
-    if not any(entry.gpus for entry in node.serve):
+    if not any(entry.gpus or entry.engine == "lmdeploy" for entry in node.serve):
         return MIN_BATCH_PROCESSES
     return max(MIN_BATCH_PROCESSES, min(MAX_BATCH_PROCESSES, cores))
 

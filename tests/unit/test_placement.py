@@ -82,6 +82,12 @@ def test_a_gpu_is_fed_by_all_cores(said: Any, gpus: list[str], cores: int, expec
     assert count_batch_processes(node, cores) == expected
 
 
+def test_lmdeploy_is_on_a_gpu_whether_one_is_named_or_not() -> None:
+    """A model that was only linked with it names none."""
+    node = NodeSettings(serve=(entry(engine="lmdeploy"),))
+    assert count_batch_processes(node, 12) == 12
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
