@@ -15,13 +15,13 @@ ENDPOINT = "/v1/chat/completions"
 RECOVERY_LIMIT_S = 30.0
 
 
-def line(custom_id: str, text: str, *, model: str = "echo", **body: Any) -> str:
+def line(custom_id: str, content: str | list[Any], *, model: str = "echo", **body: Any) -> str:
     """One line of a batch file."""
     request = {
         "custom_id": custom_id,
         "method": "POST",
         "url": ENDPOINT,
-        "body": {"model": model, "messages": [{"role": "user", "content": text}], **body},
+        "body": {"model": model, "messages": [{"role": "user", "content": content}], **body},
     }
     return json.dumps(request)
 

@@ -38,7 +38,14 @@ pytestmark = pytest.mark.timeout(150)
 
 ITEMS = 200
 LIMIT_S = 60.0
-QUEUE = {"lease_ttl_s": 6, "renew_s": 2, "reap_s": 0.3, "chunk_items": 32, "drain_s": 5}
+QUEUE = {
+    "lease_ttl_s": 6,
+    "renew_s": 2,
+    "reap_s": 0.3,
+    "chunk_items": 32,
+    "min_chunk_items": 32,
+    "drain_s": 5,
+}
 SLOW_ECHO = {"model": "echo", "engine": "echo", "max_running": 16, "options": {"delay_s": 0.05}}
 
 
