@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from workers.inference.engines.lanes import Lanes
-from workers.inference.engines.pace import CHATTING_S, Pace
+from workers.inference.engines.pace import CHATTING_S
 from workers.inference.engines.wire import Lane
 
 
@@ -16,7 +16,7 @@ def test_chat_overtakes_waiting_batch_prompts() -> None:
     lanes.offer("batch", ["b1", "b2"])
     lanes.offer("chat", ["c1"])
     assert lanes.take() == ["c1"]
-    lanes.release("chat", "c1")
+    lanes.release("chat", 0.5)
     assert lanes.take() == ["b1"]
 
 
@@ -61,17 +61,19 @@ def test_withdrawn_prompts_never_start() -> None:
 def test_beside_a_chat_a_batch_enters_by_and_by() -> None:
     """And what waits only for its time is said to be held back."""
     now = [0.0]
-    pace = Pace(floor=10, clock=lambda: now[0])
-    lanes: Lanes[int] = Lanes(max_running=64, max_waiting=100, pace=pace)
+    lanes: Lanes[int] = Lanes(max_running=64, max_waiting=100, clock=lambda: now[0])
+    lanes.offer("batch", [0])
+    lanes.take()
+    lanes.release("batch", 4.8)  # so 48 slots make ten a second, and a tenth more
     lanes.offer("chat", [-1])
-    lanes.offer("batch", range(30))
-    assert lanes.take() == [-1, 0]
+    lanes.offer("batch", range(1, 30))
+    assert lanes.take() == [-1, 1]
     assert lanes.held_back
     assert lanes.take() == []
     now[0] += 0.1
-    assert lanes.take() == [1]
+    assert lanes.take() == [2]
     now[0] += CHATTING_S
-    assert lanes.take() == list(range(2, 30))
+    assert lanes.take() == list(range(3, 30))
     assert not lanes.held_back
 
 
@@ -82,7 +84,7 @@ class LanesMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         self.lanes: Lanes[tuple[Lane, int]] = Lanes(
-            max_running=5, max_waiting=3, pace=Pace(floor=4, clock=lambda: self.now)
+            max_running=5, max_waiting=3, clock=lambda: self.now
         )
         self.running: list[tuple[Lane, int]] = []
         self.accepted: dict[Lane, list[tuple[Lane, int]]] = {"chat": [], "batch": []}
@@ -110,7 +112,7 @@ class LanesMachine(RuleBasedStateMachine):
     def release(self, index: int) -> None:
         if self.running:
             item = self.running.pop(index % len(self.running))
-            self.lanes.release(item[0], item)
+            self.lanes.release(item[0], 0.5)
 
     @invariant()
     def bounds_hold(self) -> None:

@@ -8,6 +8,7 @@ an engine with a cheap way to answer many pays no task per prompt; streamed ones
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Iterable
 from typing import Any, Protocol
 
@@ -18,7 +19,6 @@ from shared.log import get_logger
 from workers.inference.engines.base import (
     Completion,
     Engine,
-    Image,
     Prompt,
     as_engine_error,
     let_go,
@@ -52,7 +52,7 @@ class Caller(Protocol):
 class _Request(msgspec.Struct, eq=False):
     """A prompt under its process-wide id; ``caller`` is None once nobody waits for it.
 
-    ``unheard`` is a chat in the engine that has no word yet.
+    ``unheard`` is a chat in the engine that has no word yet; ``entered_s`` is of ``time.monotonic``.
     """
 
     prompt: Prompt
@@ -63,6 +63,7 @@ class _Request(msgspec.Struct, eq=False):
     started: bool = False
     released: bool = False
     unheard: bool = False
+    entered_s: float = 0.0
     task: asyncio.Task[None] | None = None
 
 
@@ -71,7 +72,7 @@ class Dispatcher:
 
     def __init__(self, engine: Engine, max_running: int, max_waiting: int) -> None:
         self._engine = engine
-        self._lanes: Lanes[_Request] = Lanes(max_running, max_waiting, self._cost)
+        self._lanes: Lanes[_Request] = Lanes(max_running, max_waiting)
         self._requests: dict[Caller, dict[int, _Request]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_id = 0
@@ -179,8 +180,9 @@ class Dispatcher:
             return
         self._empty.clear()
         whole: dict[int, _Request] = {}
+        now_s = time.monotonic()
         for request in admitted:
-            request.started = True
+            request.started, request.entered_s = True, now_s
             if request.lane == "chat":
                 request.unheard = True
                 self._lanes.chat_waits()
@@ -194,12 +196,6 @@ class Dispatcher:
     def _admit_again(self) -> None:
         self._admit_later = None
         self._admit()
-
-    def _cost(self, request: _Request) -> float:
-        """How much of the engine's time a prompt takes, in images' tiles."""
-        tiling = self._engine.tiling()
-        tile_bytes = tiling.tile_px**2 * 3 if tiling is not None else 0
-        return max(1, sum(_tiles(image, tile_bytes) for image in request.prompt.images))
 
     def _start_stream(self, request: _Request) -> None:
         request.task = self._spawn(self._stream(request))
@@ -271,7 +267,7 @@ class Dispatcher:
     def _release(self, request: _Request) -> None:
         request.released = True
         self._hear(request)
-        self._lanes.release(request.lane, request)
+        self._lanes.release(request.lane, time.monotonic() - request.entered_s)
         # Once per turn of the loop: prompts that finish together let a group in together.
         if not self._admission_due:
             self._admission_due = True
@@ -282,10 +278,6 @@ class Dispatcher:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _tiles(image: Image, tile_bytes: int) -> int:
-    return len(image.data) // tile_bytes if image.encoding == "tiles" and tile_bytes else 1
 
 
 def _stopping() -> EngineUnavailable:

@@ -8,6 +8,7 @@ by a pace instead of all at once.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -17,31 +18,23 @@ from workers.inference.engines.wire import Lane
 
 T = TypeVar("T")
 
-MIN_RATE = 32.0
-"""Batch prompts per second that enter beside chats in any case."""
-
 
 class Lanes(Generic[T]):
     """Counts what runs and keeps what waits.
 
     ``max_running`` bounds both lanes together; a quarter of it, at least one, is out of reach for
     ``batch``, unless there is only one slot. ``max_waiting`` bounds each lane on its own.
-    ``cost`` says what an item of a batch costs the engine; 1 is the least.
+    ``clock`` gives the pace its time, in seconds.
     """
 
     def __init__(
-        self,
-        max_running: int,
-        max_waiting: int,
-        cost: Callable[[T], float] = lambda _: 1.0,
-        pace: Pace | None = None,
+        self, max_running: int, max_waiting: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._cost = cost
-        self._pace = pace or Pace(floor=max(MIN_RATE, max_running / 2))
         reserve = max(1, max_running // 4)
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._batch_limit = max(1, max_running - reserve)
+        self._pace = Pace(self._batch_limit, clock)
         self._running: dict[Lane, int] = {"chat": 0, "batch": 0}
         self._waiting: dict[Lane, deque[T]] = {"chat": deque(), "batch": deque()}
 
@@ -84,11 +77,11 @@ class Lanes(Generic[T]):
         """That chat has its first word, or has ended without one."""
         self._pace.chat_heard()
 
-    def release(self, lane: Lane, item: T) -> None:
-        """One of this lane left the engine."""
+    def release(self, lane: Lane, stay_s: float) -> None:
+        """One of this lane left the engine, after ``stay_s`` inside."""
         self._running[lane] -= 1
         if lane == "batch":
-            self._pace.finished(self._cost(item))
+            self._pace.finished(stay_s)
 
     def withdraw(self, unwanted: Callable[[T], bool]) -> list[T]:
         """Remove and return the waiting ones that ``unwanted`` picks."""
@@ -114,10 +107,8 @@ class Lanes(Generic[T]):
 
     def _take_by_pace(self, queue: deque[T], most: int) -> list[T]:
         taken: list[T] = []
-        while len(taken) < most and self._pace.may_enter(
-            (self._running["batch"] + len(taken)) / self._batch_limit
-        ):
+        while len(taken) < most and self._pace.may_enter():
             taken.append(queue.popleft())
-            self._pace.entered(self._cost(taken[-1]))
+            self._pace.entered()
         self._running["batch"] += len(taken)
         return taken

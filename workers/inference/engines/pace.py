@@ -2,49 +2,48 @@
 
 An engine works in steps, and a chat's first word waits for the step in which its prompt arrives. A
 batch that fills every free slot at once makes steps with dozens of prompts, again and again,
-because what began together ends together. Let in one by one, at the rate at which they finish, the
-same prompts make short steps; and while a chat waits for its first word only few enter. Nothing is
-held back while nobody chats.
+because what began together ends together. Let in one by one, at the rate at which a full engine
+finishes them, the same prompts make short steps; and while a chat waits for its first word only few
+enter. Nothing is held back while nobody chats.
+
+The rate follows from how long prompts stay: with ``slots`` places and ``L`` seconds in each, a full
+engine finishes ``slots / L`` a second (Little's law). An engine that is not full finishes each
+sooner, so the rate rises by itself until it is.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 
 CHATTING_S = 10.0
 """So long after a chat the next one is expected."""
-GROWTH = 1.25
-"""How much faster than they finish prompts may enter, so that an engine is filled after all."""
-GROWTH_UNFILLED = 3.0
-"""The same while less than half of the engine's slots are taken."""
+GROWTH = 1.1
+"""How much faster than they finish prompts may enter, so that the engine stays full."""
 WAITED_FOR = 0.25
 """The part of the rate that is left while a chat waits for its first word."""
 BURST_S = 0.01
 MIN_BURST = 1.0
-BUCKET_S = 0.5
-BUCKETS = 6
-"""The rate is that of the last three seconds: longer than a batch prompt usually takes, or what
-began together would look like a rate that comes and goes."""
+MEMORY = 64
+"""Over about so many prompts the time that one stays is averaged."""
+SHORTEST_STAY_S = 1e-4
 
 
 class Pace:
-    """A rate for admissions, in cost per second; what a prompt costs is the caller's to say.
+    """A rate for admissions, in prompts per second, for an engine with ``slots`` for batches.
 
-    ``floor`` is the rate that is always allowed. Times are those of ``clock``, in seconds.
+    Times are those of ``clock``, in seconds.
     """
 
-    def __init__(self, floor: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._floor = floor
+    def __init__(self, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._slots = slots
         self._clock = clock
         self._chat_at = float("-inf")
         self._waiting = 0
-        self._growth = GROWTH
+        self._stay_s = 1.0
+        self._known = False
         self._allowed = 0.0
         self._allowed_at = clock()
-        self._bucket_at = clock()
-        self._finished: deque[float] = deque([0.0], maxlen=BUCKETS)
 
     def chat(self) -> None:
         """Somebody chats."""
@@ -62,43 +61,32 @@ class Pace:
         self._accrue()
         self._waiting -= 1
 
-    def finished(self, cost: float) -> None:
-        """A batch prompt left the engine."""
-        self._turn_buckets()
-        self._finished[-1] += cost
+    def finished(self, stay_s: float) -> None:
+        """A batch prompt left the engine after so long inside."""
+        if self._known:
+            stay_s = self._stay_s + (stay_s - self._stay_s) / MEMORY
+        self._stay_s = max(SHORTEST_STAY_S, stay_s)
+        self._known = True
 
     @property
     def is_kept(self) -> bool:
         """Whether prompts are let in by pace now; otherwise they need not ask."""
         return self._clock() - self._chat_at < CHATTING_S
 
-    def may_enter(self, filled: float) -> bool:
-        """Whether the next prompt may enter now; ``filled`` is the part of the slots taken."""
+    def may_enter(self) -> bool:
+        """Whether the next prompt may enter now."""
         if not self.is_kept:
             return True
         self._accrue()
-        self._growth = GROWTH if filled >= 0.5 else GROWTH_UNFILLED
         return self._allowed > 0
 
-    def entered(self, cost: float) -> None:
-        """A batch prompt entered; one that costs much keeps the next ones waiting longer."""
-        self._allowed -= cost
+    def entered(self) -> None:
+        """A batch prompt entered."""
+        self._allowed -= 1
 
     def _accrue(self) -> None:
-        now, rate = self._clock(), self._rate()
+        now = self._clock()
+        rate = GROWTH * self._slots / self._stay_s * (WAITED_FOR if self._waiting else 1)
         self._allowed += rate * (now - self._allowed_at)
         self._allowed = min(self._allowed, max(MIN_BURST, rate * BURST_S))
         self._allowed_at = now
-
-    def _rate(self) -> float:
-        self._turn_buckets()
-        lately = sum(self._finished) / (BUCKET_S * BUCKETS)
-        rate = max(self._floor, self._growth * lately)
-        return rate * WAITED_FOR if self._waiting else rate
-
-    def _turn_buckets(self) -> None:
-        passed = int((self._clock() - self._bucket_at) / BUCKET_S)
-        if passed < 1:
-            return
-        self._finished.extend([0.0] * min(passed, BUCKETS))
-        self._bucket_at += passed * BUCKET_S
