@@ -175,7 +175,8 @@ class ServedModel:
         if self.changing:
             return True
         if self.stage is Stage.UNLOADED:
-            return self.on_demand and not self.trouble
+            # What failed once is tried again when its time has come, and only requests ask for it.
+            return self.on_demand and (not self.trouble or self.may_load)
         return self.on_demand and self.stage is not Stage.LOADED
 
     @property

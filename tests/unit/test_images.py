@@ -9,15 +9,19 @@ import threading
 import time
 import tracemalloc
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from shared.errors import ImageError, ImageTooLarge, ImageTruncated, ImageUnreadable
 from shared.settings import ImageSettings
-from workers.inference.images import DecodeRoom, verify
+from workers.inference.engines.base import Tiling
+from workers.inference.images import DecodeRoom, prepare, verify
 
 LIMITS = ImageSettings()
 ADAM7 = [
@@ -139,6 +143,14 @@ def test_a_library_that_allows_truncated_images_changes_nothing(
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(ImageTruncated):
         verify(GOOD[name][: int(len(GOOD[name]) * 0.8)], LIMITS)
+
+
+@pytest.mark.parametrize("tiling", [None, Tiling(448, 1, 12, thumbnail=True)])
+def test_a_png_with_a_row_that_makes_no_sense_is_damaged(tiling: Tiling | None) -> None:
+    """All chunks are whole and everything inflates; also when it is to be cut into tiles."""
+    rows = (b"\0" + b"\x55" * 8) * 4 + (b"\x09" + b"\x55" * 8) * 4
+    with pytest.raises(ImageUnreadable):
+        prepare(png(8, 8, rows), LIMITS, tiling)
 
 
 def test_a_png_with_too_few_rows_is_refused_whatever_the_switch(
@@ -305,6 +317,31 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
         verify(data[:-2] + scan * 200 + data[-2:], LIMITS)
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        pytest.param(b"\xff", id="a fill byte"),
+        pytest.param(b"\xff\xd0", id="a restart marker"),
+        pytest.param(b"\xff\x01", id="a marker that stands alone"),
+    ],
+)
+def test_endless_scans_cannot_hide_behind_an_honest_header(between: bytes) -> None:
+    """Whoever takes the next bytes for a length walks past the scans, to a decoy."""
+    data = encoded("JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    comment = b"\xff\xfe"
+    skipped = 2 + (0xFE02 if between == b"\xff" else 0xFFFE)
+    real = data[2:-2] + scan * 110 + data[-2:]
+    plain = encoded("JPEG")
+    decoy = plain[2:]
+    # As a decoder reads it: fill or a lone marker, a comment of 512 bytes, then the real image.
+    # As a naive reader does: one segment as long as the comment's marker says, then the decoy.
+    hidden = between + comment + b"\2\0" + bytes(510) + real
+    assert len(hidden) < skipped
+    with pytest.raises(ImageUnreadable, match="scans"):
+        verify(data[:2] + hidden + bytes(skipped - len(hidden)) + decoy, LIMITS)
+
+
 def test_a_header_of_endless_parts_is_refused() -> None:
     """Each part is a turn of a loop in Python."""
     data = GOOD["jpeg"]
@@ -424,3 +461,49 @@ def test_many_threads_verify_at_once() -> None:
     for thread in threads:
         thread.join(30)
     assert answers == [(61, 43)] * len(GOOD)
+
+
+class Ledger(DecodeRoom):
+    """Writes down what was asked for, and whether pixels were there before they were allowed."""
+
+    def __init__(self) -> None:
+        super().__init__(10**9)
+        self.asked: list[int] = []
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Note and pass."""
+        self.asked.append(pixels)
+        with super().take(pixels):
+            yield
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "pixels"),
+    [("JPEG", {}, 500 * 500), ("JPEG", {"progressive": True}, 4000 * 4000)],
+)
+def test_room_is_taken_for_what_a_decoder_keeps(
+    kind: str, options: dict[str, object], pixels: int
+) -> None:
+    """At an eighth of its size a plain JPEG takes little; a progressive one keeps everything."""
+    file = io.BytesIO()
+    Image.new("RGB", (4000, 4000), "teal").save(file, kind, **options)
+    room = Ledger()
+    prepare(file.getvalue(), LIMITS, Tiling(224), "auto", room)
+    assert room.asked == [pixels]
+
+
+def test_no_png_is_decoded_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking which way up it is would decode it as well."""
+    room = Ledger()
+    loaded_with: list[int] = []
+    load = PngImageFile.load
+
+    def noted(image: PngImageFile) -> object:
+        loaded_with.append(len(room.asked))
+        return load(image)
+
+    monkeypatch.setattr(PngImageFile, "load", noted)
+    prepare(encoded("PNG"), LIMITS, Tiling(448), "auto", room)
+    assert loaded_with
+    assert 0 not in loaded_with

@@ -110,11 +110,14 @@ class ChatWorker:
         with self._lock:
             self._last_id += 1
             prompt_id = self._last_id
+        # Once for all images: an engine that comes up meanwhile may want them otherwise, and no
+        # engine takes tiles and files in one request.
+        tiling = client.tiling()
         return build_prompt(
             prompt_id,
             request,
             self._stores.models.get(job.model).defaults,
-            self._images.reader(job.owner, client.tiling),
+            self._images.reader(job.owner, lambda: tiling),
             limits=self._settings.images,
         )
 

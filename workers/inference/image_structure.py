@@ -40,7 +40,7 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 def check_jpeg(data: bytes) -> None:
     """Refuse files made of very many scans. Raises: ImageUnreadable."""
-    if not _is_one_scan(data) and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    if not is_one_scan(data) and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
         raise ImageUnreadable(
             f"the JPEG has more than {MAX_JPEG_SCANS} scans; save it again as a plain JPEG"
         )
@@ -49,17 +49,20 @@ def check_jpeg(data: bytes) -> None:
 _SEQUENTIAL = frozenset({0xC0, 0xC1})
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _START_OF_SCAN = 0xDA
+_WITHOUT_LENGTH = frozenset({0x00, 0x01, *range(0xD0, 0xDA), 0xFF})
+"""Markers that stand alone, and fill bytes: a decoder takes what follows them for a marker."""
 
 
-def _is_one_scan(data: bytes) -> bool:
+def is_one_scan(data: bytes) -> bool:
     """Whether the first scan of a sequential JPEG holds all its components.
 
-    A decoder reads no further then, and nobody needs to look for more in megabytes of pixels.
-    Anything unusual on the way there answers no.
+    A decoder reads no further then and keeps no coefficients, and nobody needs to look for more
+    scans in megabytes of pixels. Anything unusual on the way there answers no: whoever walks the
+    segments otherwise than the decoder does can be shown another image than it.
     """
     start, components = 2, None
     for _ in range(MAX_JPEG_SEGMENTS):
-        if start + 5 > len(data) or data[start] != 0xFF:
+        if start + 5 > len(data) or data[start] != 0xFF or data[start + 1] in _WITHOUT_LENGTH:
             break
         marker, length = data[start + 1], int.from_bytes(data[start + 2 : start + 4], "big")
         if marker == _START_OF_SCAN:

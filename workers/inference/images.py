@@ -38,6 +38,7 @@ from workers.inference.image_structure import (
     check_png_rows,
     check_tiff,
     check_webp,
+    is_one_scan,
 )
 from workers.inference.orientation import upright, upright_size
 from workers.inference.tiling import Grid, cut, grid_of
@@ -55,8 +56,9 @@ MAX_READS = 200_000
 class DecodeRoom:
     """Bounds how many pixels are decoded at once by all threads of a process.
 
-    A pixel takes 4 bytes while it is decoded (10 in a progressive JPEG, 16 in WebP). Threads are
-    served in the order they ask, so that large images are not starved by small ones.
+    A pixel takes 4 bytes while it is decoded (10 in a progressive JPEG, at whatever size it is
+    decoded, and 16 in WebP), and 4 more while it is turned upright or converted. Threads are served
+    in the order they ask, so that large images are not starved by small ones.
     """
 
     def __init__(self, max_pixels: int) -> None:
@@ -117,7 +119,7 @@ class _Use(Protocol[T_co]):
     """What is wanted of an image: a word with the decoder, then something made of the pixels."""
 
     def before(self, image: ImageFile.ImageFile) -> None:
-        """Called with the header read; may ask the decoder for fewer pixels."""
+        """Called with a JPEG's header read; may ask the decoder for fewer pixels."""
         ...
 
     def after(self, image: ImageFile.ImageFile) -> T_co:
@@ -144,25 +146,28 @@ class _Tiles(_Use[tuple[bytes, int, int]]):
         self._tiling = tiling
         self._detail = detail
         self._reduce = reduce
-        self._size = (0, 0)
-        self._grid: Grid = (1, 1)
+        self._size: tuple[int, int] | None = None
 
     def before(self, image: ImageFile.ImageFile) -> None:
-        """Choose the grid, and let a JPEG be decoded no larger than it needs."""
-        self._size = upright_size(image)
-        self._grid = grid_of(*self._size, self._tiling, self._detail)
+        """Let a JPEG be decoded no larger than its grid needs."""
         if self._reduce:
+            self._size = upright_size(image)
+            columns, rows = self._grid(self._size)
             side = int(self._tiling.tile_px * REDUCED_MARGIN)
-            wanted = self._grid[0] * side, self._grid[1] * side
-            # In the decoder's own orientation; for other formats than JPEG it does nothing.
+            wanted = columns * side, rows * side
+            # In the decoder's own orientation.
             image.draft(None, wanted if image.size == self._size else wanted[::-1])
 
     def after(self, image: ImageFile.ImageFile) -> tuple[bytes, int, int]:
         """Turn, convert, scale and cut."""
+        size = self._size or upright_size(image)
         picture = upright(image)
         if picture.mode != "RGB":
             picture = picture.convert("RGB")
-        return cut(picture, self._grid, self._tiling), *self._size
+        return cut(picture, self._grid(size), self._tiling), *size
+
+    def _grid(self, size: tuple[int, int]) -> Grid:
+        return grid_of(*size, self._tiling, self._detail)
 
 
 def _decoded(
@@ -197,8 +202,15 @@ def _decode(
     # Made directly, not through Image.open, which would also try other formats.
     image = found.decoder(source)
     check_pixels(*image.size, max_pixels)
-    use.before(image)
-    with room.take(image.width * image.height) if room else nullcontext():
+    pixels = image.width * image.height
+    # Only here, where a header is all it takes: of a PNG Pillow knows the orientation, which may
+    # stand behind the pixels, only after it has decoded them.
+    if isinstance(image, JpegImageFile):
+        use.before(image)
+        # Else the coefficients of the whole image are kept, however few pixels are made of them.
+        if is_one_scan(data):
+            pixels = image.width * image.height
+    with room.take(pixels) if room else nullcontext():
         # Some libraries turn this on for the whole process, and half images would pass as whole
         # ones. Not restored: other threads may be decoding, and here images are always checked.
         ImageFile.LOAD_TRUNCATED_IMAGES = False

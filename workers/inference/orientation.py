@@ -21,10 +21,14 @@ _SIDEWAYS = frozenset({5, 6, 7, 8})
 def orientation_of(picture: Pillow.Image) -> int:
     """The EXIF orientation, 1 (upright) to 8; 1 if there is none or it makes no sense.
 
-    Damaged metadata says nothing about the pixels, so it is no reason to refuse an image.
+    Damaged metadata says nothing about the pixels, so it is no reason to refuse an image. A PNG is
+    decoded first; that raises what Pillow raises for damaged pixels.
     """
     if picture.format == "TIFF":
         return _UPRIGHT  # Pillow turns these itself while it decodes
+    if picture.format == "PNG":
+        # Pillow would do it below, where what it finds wrong with the pixels would be lost.
+        picture.load()
     try:
         found = picture.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
     # Pillow's readers of metadata raise whatever hostile bytes lead them to.
