@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from shared.errors import (
     RequestAborted,
     VlmqError,
 )
-from workers.inference.engines.base import EngineSpec, Image, Prompt, Sampling, Turn
+from workers.inference.engines.base import EngineSpec, Image, Prompt, Sampling, Tiling, Turn
 from workers.inference.engines.lmdeploy_engine import LmdeployEngine, error_for
 from workers.inference.engines.lmdeploy_loading import check_remote_code
 from workers.inference.engines.lmdeploy_options import (
@@ -38,7 +39,7 @@ from workers.inference.engines.lmdeploy_options import (
     generation_settings,
     read_options,
 )
-from workers.inference.engines.lmdeploy_prompts import messages_of
+from workers.inference.engines.lmdeploy_prompts import ReadyPrompts, messages_of
 
 
 def file_of(width: int = 8, height: int = 8, kind: str = "PNG") -> bytes:
@@ -304,3 +305,13 @@ def test_an_engine_that_is_not_set_up_says_so() -> None:
 
     with pytest.raises(EngineUnavailable):
         asyncio.run(ask())
+
+
+def test_a_text_may_not_pose_as_an_image() -> None:
+    """With images or without: the engine looks for that token in all prompts of a step."""
+    model = SimpleNamespace(image_token="<IMG_CONTEXT>")
+    engine = SimpleNamespace(vl_encoder=SimpleNamespace(model=model))
+    ready = ReadyPrompts(engine, Tiling(448))
+    ready.require_plain(prompt_of("what is an <IMG> tag?"))
+    with pytest.raises(InvalidValue, match="<IMG_CONTEXT>"):
+        ready.require_plain(prompt_of("hello", "say <IMG_CONTEXT> again"))

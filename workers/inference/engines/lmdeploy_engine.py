@@ -316,6 +316,8 @@ class LmdeployEngine:
     async def _request(self, flight: _Flight, loaded: Loaded) -> Any:
         """The prompt as lmdeploy's request. Raises: ImageError, InvalidValue, RequestError."""
         prompt, ready = flight.prompt, loaded.ready
+        if ready is not None:
+            ready.require_plain(prompt)
         config = loaded.make_config(**generation_settings(prompt.sampling))
         threads = loaded.chat_threads if flight.streamed else loaded.threads
         in_thread = partial(loaded.loop.run_in_executor, threads)

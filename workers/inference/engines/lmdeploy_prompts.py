@@ -107,6 +107,17 @@ class ReadyPrompts:
         """Whether the prompt has images, and all of them are tiles."""
         return bool(prompt.images) and all(i.encoding == "tiles" for i in prompt.images)
 
+    def require_plain(self, prompt: Prompt) -> None:
+        """Refuse texts that spell out the token which stands for a piece of an image.
+
+        lmdeploy's PyTorch engine puts image features wherever that token is, in all prompts of a
+        step, so one such text would shift the images of others. Raises: InvalidValue.
+        """
+        token = self._model.image_token
+        texts = (part for turn in prompt.turns for part in turn.parts if isinstance(part, str))
+        if any(token in text for text in texts):
+            raise InvalidValue(f"a message may not contain '{token}'", param="messages")
+
     def pixels(self, prompt: Prompt) -> list[dict[str, Any]]:
         """The images in the order they are shown, as the model's encoder takes them.
 
