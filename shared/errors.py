@@ -222,6 +222,13 @@ class EngineUnavailable(EngineError):
     retryable = True
 
 
+class ImagesCutOtherwise(EngineError):
+    """The model was just replaced by one that takes images otherwise; send the request again."""
+
+    code = "images_cut_otherwise"
+    retryable = True
+
+
 class EngineSetupFailed(EngineError):
     """The engine could not load its model."""
 

@@ -27,6 +27,7 @@ _STATUS: dict[type[VlmqError], int] = {
     errors.EngineCrashed: 503,
     errors.EngineBusy: 503,
     errors.EngineUnavailable: 503,
+    errors.ImagesCutOtherwise: 503,
     errors.RequestAborted: 499,
     errors.ModelUnavailable: 503,
     errors.RequestTimedOut: 504,

@@ -15,7 +15,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shared.log import get_logger
 from workers.inference.engines import wire
+
+log = get_logger(__name__)
 
 ROUND_S = 1.0
 _RECV_BYTES = 64 * 1024
@@ -108,7 +111,11 @@ class Pulse:
 
 
 def _connect(selector: selectors.BaseSelector, target: Target, patient: _Patient) -> None:
-    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        log.warning("engine_not_asked", socket=str(patient.path), reason=str(error))
+        return  # no descriptors are left; the next round tries again
     line.setblocking(False)
     try:
         line.connect(str(patient.path))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 from PIL import Image as Pillow
 
-from shared.errors import ContextLengthExceeded, RequestAborted, VlmqError
+from shared.errors import ContextLengthExceeded, ImagesCutOtherwise, RequestAborted, VlmqError
 from shared.settings import ImageSettings
 from tests.contract.conftest import SESSION_LEN, Kind
 from tests.contract.hosts import ask
@@ -21,6 +21,7 @@ from workers.inference.engines.base import (
     Image,
     Prompt,
     Sampling,
+    Tiling,
     Turn,
     collect,
     let_go,
@@ -203,6 +204,25 @@ def test_an_image_cut_as_the_engine_says_is_the_same_image(
     answers = dict(run(completed(engine, asked)))
     assert answers[0] == answers[1]
     assert answers[0].prompt_tokens > 2
+
+
+def test_tiles_of_another_size_are_told_apart_even_where_their_bytes_fit(
+    engine: Engine, kind: Kind, run: Any
+) -> None:
+    """The model was replaced meanwhile: whoever asked cuts the image again."""
+    if not kind.reads_images:
+        pytest.skip("this engine does not look into images")
+    tiling = engine.tiling()
+    assert tiling is not None
+    out = io.BytesIO()
+    Pillow.new("RGB", (100, 100), "red").save(out, "PNG")
+    halved = Tiling(tiling.tile_px // 2, 4, 4)
+    four = prepare(out.getvalue(), ImageSettings(), halved)
+    assert len(four.data) == tiling.tile_px**2 * 3
+    cut_otherwise = Prompt(1, [Turn("user", [0, SENTENCE])], Sampling(max_tokens=4), [four])
+    answers = dict(run(completed(engine, [cut_otherwise, greedy(SENTENCE, 2)])))
+    assert isinstance(answers[1], ImagesCutOtherwise)
+    assert answers[2].completion_tokens == 12
 
 
 def test_complete_answers_every_id_once_and_as_generate_would(engine: Engine, run: Any) -> None:

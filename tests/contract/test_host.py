@@ -15,6 +15,7 @@ from shared.errors import (
     EngineBusy,
     EngineError,
     EngineUnavailable,
+    ImagesCutOtherwise,
     RequestAborted,
     RequestTimedOut,
     VlmqError,
@@ -29,6 +30,7 @@ from workers.inference.engines.base import (
     Image,
     Prompt,
     Sampling,
+    Tiling,
     Turn,
 )
 from workers.inference.engines.client import EngineClient
@@ -432,6 +434,23 @@ def test_large_prompts_are_on_their_way_when_submit_returns(
         # The flight is not asked again, so what it has not sent by now it never sends.
         wait_for(lambda: client.replicas()[0].running == 40, "all to run")
     client.close()
+
+
+def test_tiles_cut_for_another_model_come_back_as_such(
+    run_dir: Path, start_host: StartHost
+) -> None:
+    """So that a batch does the chunk again, and a chat is told to."""
+    start_host(options={"tiling": {"tile_px": 8}})
+    turns = [Turn("user", [0, "x"])]
+    images = [Image(bytes(8 * 8 * 3), "tiles", 8, 8, tile_px=side) for side in (8, 4)]
+    with Flight(run_dir, MODEL) as flight:
+        flight.look(PATIENCE_S)
+        assert flight.tiling == Tiling(8)
+        flight.submit([Prompt(i, turns, Sampling(), [image]) for i, image in enumerate(images)])
+        answers = everything(flight)
+    assert isinstance(answers[0], Completion)
+    assert isinstance(answers[1], ImagesCutOtherwise)
+    assert answers[1].retryable
 
 
 def test_a_flight_keeps_to_its_window(run_dir: Path, start_host: StartHost) -> None:

@@ -173,7 +173,7 @@ def test_images_cut_beforehand_are_what_lmdeploy_makes_itself(
 
 def test_an_image_cut_for_another_model_is_refused_alone(engine: LmdeployEngine, run: Any) -> None:
     """Its neighbour is answered."""
-    wrong = Image(b"\0" * 1000, "tiles", 448, 448)
+    wrong = Image(b"\0" * 1000, "tiles", 448, 448, tile_px=448)
     right = prepare(file_of(picture(2)).data, ImageSettings(), engine.tiling())
     answers = run(completed(engine, [about(wrong), about(right, prompt_id=2)]))
     assert isinstance(answers[1], ImageError)

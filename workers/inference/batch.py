@@ -18,6 +18,7 @@ from shared.clock import unix_now
 from shared.errors import (
     EngineCrashed,
     EngineUnavailable,
+    ImagesCutOtherwise,
     InvalidRequest,
     ModelNotFound,
     RequestTimedOut,
@@ -64,7 +65,7 @@ class _Item(msgspec.Struct):
 
 
 class EnginesAway(VlmqError):
-    """The engines were unloaded on purpose; the chunk waits until they are back."""
+    """The engines were unloaded or replaced on purpose; the chunk waits until they are back."""
 
     code = "engines_away"
 
@@ -310,6 +311,9 @@ class ChunkRun:
 
     def _record(self, number: int, answer: Completion | VlmqError) -> None:
         item = self._items[number]
+        if isinstance(answer, ImagesCutOtherwise):
+            # Not the item's fault: whoever takes the chunk next asks how images are cut by then.
+            raise EnginesAway()
         if isinstance(answer, VlmqError):
             self._fail(item.line, item.request.custom_id, answer)
             return

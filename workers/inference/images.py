@@ -112,7 +112,7 @@ def prepare(
         return Image(data, "file", width, height, detail, len(data))
     tiles = _Tiles(tiling, detail, reduce=settings.scaling == "fast")
     cut_up, width, height = _decoded(data, settings, room, tiles)
-    return Image(cut_up, "tiles", width, height, detail, len(data))
+    return Image(cut_up, "tiles", width, height, detail, len(data), tiling.tile_px)
 
 
 class _Use(Protocol[T_co]):

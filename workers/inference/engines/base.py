@@ -30,7 +30,8 @@ class Image(msgspec.Struct, frozen=True, array_like=True, gc=False):
     pixel; ``rgb``, ``width * height * 3`` bytes, row by row; ``tiles``, the tiles that the
     engine's :class:`Tiling` asks for, ``tile_px * tile_px * 3`` bytes each, row by row of the grid,
     the thumbnail last. ``width`` and ``height`` are those of the upright image, in pixels;
-    ``source_bytes`` is the size of the file it came from, for whoever limits that.
+    ``source_bytes`` is the size of the file it came from, for whoever limits that; ``tile_px`` the
+    side of the tiles, without which 16 small ones could be taken for one large one.
     """
 
     data: bytes
@@ -39,6 +40,7 @@ class Image(msgspec.Struct, frozen=True, array_like=True, gc=False):
     height: int = 0
     detail: Detail = "auto"
     source_bytes: int = 0
+    tile_px: int = 0
 
 
 class Tiling(msgspec.Struct, frozen=True, array_like=True):
@@ -158,7 +160,8 @@ class Engine(Protocol):
     def tiling(self) -> Tiling | None:
         """How images may be cut for this engine beforehand; None if it wants them as files.
 
-        Asked after ``setup``. An engine that answers with a tiling takes files all the same.
+        Asked after ``setup``. An engine that answers with a tiling takes files all the same, and
+        answers tiles of another side with :class:`~shared.errors.ImagesCutOtherwise`.
         """
         ...
 

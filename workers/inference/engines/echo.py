@@ -24,6 +24,7 @@ from shared.errors import (
     ContextLengthExceeded,
     EngineError,
     EngineSetupFailed,
+    ImagesCutOtherwise,
     RequestAborted,
     VlmqError,
 )
@@ -141,6 +142,11 @@ class EchoEngine:
             return None
         return Tiling(wanted.tile_px, wanted.min_tiles, wanted.max_tiles, wanted.thumbnail)
 
+    def _check_tiles(self, prompt: Prompt) -> None:
+        side = self._options.tiling.tile_px if self._options.tiling else 0
+        if any(image.encoding == "tiles" and image.tile_px != side for image in prompt.images):
+            raise ImagesCutOtherwise()
+
     async def abort(self, prompt_id: int) -> None:
         """End a request at its next pause."""
         if prompt_id in self._aborts:
@@ -175,6 +181,7 @@ class EchoEngine:
 
     def _plan(self, prompt: Prompt) -> tuple[str, FinishReason, int, int]:
         """The answer but for stop strings, why it ends, the prompt's tokens and the answer's."""
+        self._check_tiles(prompt)
         prompt_tokens = len(prompt.images) * self._options.image_tokens
         for turn in prompt.turns:
             for part in turn.parts:

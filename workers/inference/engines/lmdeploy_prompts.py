@@ -173,7 +173,7 @@ class ReadyPrompts:
         )
 
     def _encoder_input(self, image: Image) -> dict[str, Any]:
-        tiles = tiles_in(image.data, self.tiling.tile_px)
+        tiles = tiles_in(image, self.tiling.tile_px)
         return {
             "pixel_values": _normalized(tiles, self._model.mm_feature_dtype),
             "image_tokens": len(tiles) * self._model.image_tokens_per_patch,

@@ -69,7 +69,7 @@ def _picture(tiling: Tiling | None) -> Image:
     if tiling is None or tiling.min_tiles > 1:
         return _PICTURE
     side = tiling.tile_px
-    return Image(b"\x80" * (side * side * 3), "tiles", side, side)
+    return Image(b"\x80" * (side * side * 3), "tiles", side, side, tile_px=side)
 
 
 async def _answer(engine: Engine, prompt: Prompt, what: str, *, optional: bool = False) -> None:

@@ -9,7 +9,13 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 from PIL import UnidentifiedImageError
 
-from shared.errors import ImageError, ImageTooLarge, ImageTruncated, ImageUnreadable
+from shared.errors import (
+    ImageError,
+    ImagesCutOtherwise,
+    ImageTooLarge,
+    ImageTruncated,
+    ImageUnreadable,
+)
 from workers.inference.engines.base import Detail, Image, Tiling
 from workers.inference.orientation import upright, upright_size
 from workers.inference.tiling import cut, grid_of, tile_count
@@ -39,17 +45,17 @@ def tiles_of(picture: Pillow.Image, config: ModelConfig, detail: Detail = "auto"
     """Cut an upright RGB picture: row by row, the thumbnail last."""
     tiling = tiling_of(config)
     grid = grid_of(picture.width, picture.height, tiling, detail)
-    return tiles_in(cut(picture, grid, tiling), config.tile_px)
+    side = config.tile_px
+    return np.frombuffer(cut(picture, grid, tiling), np.uint8).reshape(-1, side, side, 3)
 
 
-def tiles_in(data: bytes, tile_px: int) -> Tiles:
-    """The tiles of an image that was cut before. Raises: ImageError if it is not whole tiles."""
-    if not data or len(data) % (tile_px * tile_px * 3):
-        raise ImageError(
-            f"an image cut beforehand has {len(data)} bytes, no whole number of tiles of {tile_px} "
-            "pixels a side; restart the consumers if the model was replaced"
-        )
-    return np.frombuffer(data, np.uint8).reshape(-1, tile_px, tile_px, 3)
+def tiles_in(image: Image, tile_px: int) -> Tiles:
+    """The tiles of an image that was cut before. Raises: ImagesCutOtherwise, ImageError."""
+    if image.tile_px != tile_px:
+        raise ImagesCutOtherwise()
+    if not image.data or len(image.data) % (tile_px * tile_px * 3):
+        raise ImageError(f"an image of {len(image.data)} bytes is no whole number of tiles")
+    return np.frombuffer(image.data, np.uint8).reshape(-1, tile_px, tile_px, 3)
 
 
 class Picture:
@@ -61,7 +67,7 @@ class Picture:
     def __init__(self, image: Image, config: ModelConfig) -> None:
         self._config = config
         self._detail = image.detail
-        self._cut = tiles_in(image.data, config.tile_px) if image.encoding == "tiles" else None
+        self._cut = tiles_in(image, config.tile_px) if image.encoding == "tiles" else None
         self._opened = open_image(image) if self._cut is None else None
 
     @property
@@ -85,6 +91,8 @@ def open_image(image: Image) -> Pillow.Image:
 
     Raises: ImageUnreadable, ImageTooLarge.
     """
+    if image.encoding == "tiles":
+        raise ImagesCutOtherwise()
     if image.encoding == "rgb":
         if image.width < 1 or image.height < 1:
             raise ImageUnreadable("a raw image needs a width and a height")
