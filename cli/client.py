@@ -189,7 +189,7 @@ class ResultLines:
             raise ServerTrouble(
                 f"{response.url} did not say where to go on; is it a vlmq server?"
             ) from None
-        self.complete = response.headers.get("vlmq-complete") == "true"
+        self.complete: bool = response.headers.get("vlmq-complete") == "true"
         self._response = response
 
     def __iter__(self) -> Iterator[bytes]:

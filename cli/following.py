@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 import click
 
@@ -70,8 +70,8 @@ def follow_results(
 def _target(path: Path | None, mode: str, opened: ExitStack) -> BinaryIO:
     if path is None or str(path) == "-":
         return sys.stdout.buffer
-    stream: BinaryIO = opened.enter_context(open(path, mode))  # type: ignore[assignment]
-    return stream
+    stream = open(path, mode)  # noqa: SIM115 - closed with the others
+    return cast(BinaryIO, opened.enter_context(stream))
 
 
 class _Follower:
@@ -113,8 +113,14 @@ class _Follower:
 
     def _write(self, line: bytes) -> None:
         """Write a line and remember its number: a connection may break after any of them."""
-        row = json.loads(line)
-        response = row["response"]
-        is_answer = response is not None and response["status_code"] == 200
+        try:
+            row = json.loads(line)
+            number = int(row["id"].rpartition("_")[2])
+            response = row["response"]
+            is_answer = response is not None and response["status_code"] == 200
+        except (ValueError, KeyError, TypeError):
+            raise ServerTrouble(
+                f"the server sent a line that is no result after line {self._after}"
+            ) from None
         (self._answers if is_answer else self._failures).write(line)
-        self._after = int(row["id"].rpartition("_")[2])
+        self._after = number
