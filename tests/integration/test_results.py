@@ -7,6 +7,7 @@ import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from shared.errors import (
@@ -26,6 +27,7 @@ from shared.shards import ShardHeader, shard_path, write_shard
 from shared.stores import Stores
 from tests.conftest import connected, store_settings
 from tests.faults.batches import line, numbered
+from tests.integration.api_server import running_api
 from tests.stored_batches import claim, jsonl, link_model, now, planned, record, run_control
 from workers.inference.batch_lines import error_line, item_id
 
@@ -286,6 +288,34 @@ def test_memory_does_not_grow_with_what_is_read(stores: Stores) -> None:
         tracemalloc.stop()
         assert size > 32 << 20
         assert peak < 4 << 20
+
+
+def test_reading_that_fails_half_way_shows_as_a_body_that_breaks_off() -> None:
+    """What came before is whole lines, from whose number one can go on once it is repaired."""
+    with running_api() as server, connected(server.settings) as stores:
+        batch = planned(stores, 64, owner="local")
+        leases = [claim(stores) for _ in range(3)]
+        for lease in leases:
+            do(stores, lease, text="x" * 10_000)
+        path = shard_path(stores.batches.folder(batch.id), 2, leases[2].token)
+        good = path.read_bytes()
+        path.write_bytes(good.replace(b"batch_req_", b"batch_xxx_"))
+        url = f"{server.base_url}/batches/{batch.id}/results"
+        text = b""
+        with (
+            pytest.raises(httpx.RemoteProtocolError),
+            httpx.stream("GET", url, params={"limit": 48}) as response,
+        ):
+            assert response.status_code == 200
+            for block in response.iter_bytes():
+                text += block
+        *came, _ = text.split(b"\n")
+        last = json.loads(came[-1])["id"].rpartition("_")[2]
+        assert 0 < len(came) == int(last) < 48
+        path.write_bytes(good)
+        rest = httpx.get(url, params={"after": last, "limit": 48}).text.splitlines()
+        seen = [json.loads(row)["id"] for row in (*came, *rest)]
+        assert seen == [f"batch_req_{item_id(batch.id, number)}" for number in range(1, 49)]
 
 
 # --- trying again what failed -----------------------------------------------------------------
