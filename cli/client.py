@@ -95,6 +95,17 @@ class Client:
         """Ask for a batch to stop."""
         return self._json("POST", f"/v1/batches/{batch_id}/cancel")
 
+    def retry_batch(self, batch_id: str) -> Json:
+        """Start a batch of the failed lines of one that has ended."""
+        return self._json("POST", f"/v1/batches/{batch_id}/retry")
+
+    @contextmanager
+    def result_lines(self, batch_id: str, after: int) -> Iterator[ResultLines]:
+        """The lines of a batch that are done, after that line of its input."""
+        path = f"/v1/batches/{batch_id}/results"
+        with self._stream("GET", path, params={"after": after}) as response:
+            yield ResultLines(response)
+
     def batches(self, limit: int, after: str | None = None) -> Json:
         """A page of batches, newest first."""
         query: dict[str, str | int] = {"limit": limit}
@@ -166,6 +177,28 @@ class Client:
             raise ServerTrouble(
                 f"the connection to {self.url} broke ({type(error).__name__})", passing=True
             ) from None
+
+
+class ResultLines:
+    """Some lines of a batch; ``next_after`` follows them, ``complete`` says that none will."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        try:
+            self.next_after = int(response.headers["vlmq-next-after"])
+        except (KeyError, ValueError):
+            raise ServerTrouble(
+                f"{response.url} did not say where to go on; is it a vlmq server?"
+            ) from None
+        self.complete: bool = response.headers.get("vlmq-complete") == "true"
+        self._response = response
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Whole lines only: one that the connection cut off is not among them."""
+        rest = b""
+        for block in self._response.iter_bytes(_BLOCK_BYTES):
+            *lines, rest = (rest + block).split(b"\n")
+            for line in lines:
+                yield line + b"\n"
 
 
 class _Told:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class BatchStore:
         completion_window: str,
         metadata: dict[str, str] | None,
         output_expires_after_s: int | None = None,
+        retry_of: str | None = None,
     ) -> Batch:
         """Record a batch and put it in line to be planned.
 
@@ -103,6 +105,7 @@ class BatchStore:
             expires_at=now + window_s(completion_window),
             metadata=metadata,
             output_expires_after_s=output_expires_after_s,
+            retry_of=retry_of,
         )
         folder = self.folder(spec.id)
         with storage_errors(folder):
@@ -138,6 +141,17 @@ class BatchStore:
             if batch is not None and batch.owner == owner:
                 return batch
         raise NotFound(f"there is no batch '{batch_id}'", param="batch_id")
+
+    def committed_tokens(self, batch_id: str, first: int, limit: int) -> Sequence[int]:
+        """The tokens of up to ``limit`` chunks from ``first`` on, up to one not committed.
+
+        None once the batch has ended.
+        """
+        start, size = first * _COMMIT.size, limit * _COMMIT.size
+        name = f"{PREFIX}batch:{batch_id}:commits"
+        raw = self._redis.getrange(name, start, start + size - 1)
+        tokens = (token for (token,) in _COMMIT.iter_unpack(raw))
+        return [*takewhile(bool, tokens)]
 
     def list(self, owner: str, *, after: str | None = None, limit: int = 20) -> Page[Batch]:
         """The owner's batches, newest first. Raises: InvalidValue for an unknown ``after``."""

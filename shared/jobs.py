@@ -71,6 +71,8 @@ class BatchSpec(msgspec.Struct, frozen=True):
     expires_at: int
     metadata: dict[str, str] | None = None
     output_expires_after_s: int | None = None
+    retry_of: str | None = None
+    """The batch whose failed lines these are."""
 
 
 class Batch(BatchSpec, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ import errno
 import mmap
 import os
 import struct
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -116,6 +116,11 @@ class Manifest:
         if len(record) != _RECORD.size:
             raise StorageFailed(f"{self._folder}: the manifest has no chunk {index}")
         return Chunk(index, *_RECORD.unpack(record))
+
+    def chunk_of_line(self, line: int) -> int:
+        """The index of the last chunk that begins at or before that line, or else 0."""
+        key = lambda index: self.chunk(index).first_line  # noqa: E731 - only bisect needs it
+        return max(0, bisect_right(range(self.plan.chunks), line, key=key) - 1)
 
     def chunks(self) -> Iterator[Chunk]:
         """All chunks in order, a buffer at a time."""

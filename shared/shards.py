@@ -62,14 +62,24 @@ def read_header(path: Path) -> ShardHeader:
     return header
 
 
+def output_part(header: ShardHeader) -> tuple[int, int]:
+    """Where the output lines are in the shard: offset and length in bytes."""
+    return _HEADER_BYTES, header.output_bytes
+
+
+def error_part(header: ShardHeader) -> tuple[int, int]:
+    """Where the error lines are in the shard: offset and length in bytes."""
+    return _HEADER_BYTES + header.output_bytes, header.error_bytes
+
+
 def copy_output(path: Path, header: ShardHeader, target: BinaryIO) -> None:
     """Append the shard's output lines to ``target``, an unbuffered file."""
-    _copy(path, _HEADER_BYTES, header.output_bytes, target)
+    _copy(path, *output_part(header), target)
 
 
 def copy_errors(path: Path, header: ShardHeader, target: BinaryIO) -> None:
     """Append the shard's error lines to ``target``, an unbuffered file."""
-    _copy(path, _HEADER_BYTES + header.output_bytes, header.error_bytes, target)
+    _copy(path, *error_part(header), target)
 
 
 def _copy(path: Path, offset: int, length: int, target: BinaryIO) -> None:

@@ -16,6 +16,8 @@ from shared.models import ModelRegistry
 from shared.presence import Presence
 from shared.queue import Tickets, make_celery
 from shared.rebuild import Rebuild, RebuildReport
+from shared.results import ResultStore
+from shared.retries import Retries
 from shared.scripts import Scripts
 from shared.settings import Settings
 from shared.storage import Layout
@@ -43,6 +45,8 @@ class Stores:
         self.batches = BatchStore(
             client, scripts, self.layout, self.tickets, min_free_bytes=min_free
         )
+        self.results = ResultStore(self.batches, self.files)
+        self.retries = Retries(self.batches, self.files, self.results)
         self.models = ModelRegistry(self.layout)
         self.keys = KeyStore(self.layout.keys)
         self.presence = Presence(client)

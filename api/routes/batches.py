@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from flask import Blueprint, Response
 
 from api import current
 from api.bodies import json_body, parsed_query, require_no_body, require_no_query
 from api.errors import json_response
 from api.idempotency import fingerprint, once
-from api.schemas.batches import BatchListQuery, BatchObject, CreateBatch
+from api.schemas.batches import BatchListQuery, BatchObject, CreateBatch, ResultsQuery
 from api.schemas.common import list_object
 from shared.errors import InvalidValue, NotFound
 from shared.files import FileRecord
+from shared.idempotency import IN_PROGRESS_S
 
 blueprint = Blueprint("batches", __name__)
 _ROUTE = "batches"
+_RETRY_ROUTE = "batch_retries"
+_SLOWEST_COPY_BYTES_PER_S = 10 << 20
 
 
 @blueprint.post("/v1/batches")
@@ -50,6 +55,40 @@ def cancel(batch_id: str) -> Response:
     require_no_body()
     batch = current.stores().batches.cancel(current.owner(), batch_id)
     return json_response(BatchObject.of(batch).model_dump())
+
+
+@blueprint.get("/v1/batches/<batch_id>/results")
+def results(batch_id: str) -> Response:
+    """Lines that are done, in the order of the input, while the batch runs and afterwards.
+
+    If reading fails half way the connection breaks off before the body's proper end.
+    """
+    query = parsed_query(ResultsQuery)
+    page = current.stores().results.page(
+        current.owner(), batch_id, after=query.after, limit=query.limit
+    )
+    blocks = page.blocks()
+    # What fails at once still gets its own status.
+    first = next(blocks, b"")
+    response = Response(chain([first], blocks) if first else b"", mimetype="application/x-ndjson")
+    response.headers["vlmq-next-after"] = str(page.next_after)
+    response.headers["vlmq-complete"] = "true" if page.complete else "false"
+    response.headers["cache-control"] = "no-store"
+    return response
+
+
+@blueprint.post("/v1/batches/<batch_id>/retry")
+def retry(batch_id: str) -> Response:
+    """Make a new batch of the failed lines of one that has ended."""
+    require_no_query()
+    require_no_body()
+    retries, owner = current.stores().retries, current.owner()
+    return once(
+        _RETRY_ROUTE,
+        lambda: fingerprint(_RETRY_ROUTE, batch_id.encode()),
+        lambda: BatchObject.of(retries.create(owner, batch_id)).model_dump_json().encode(),
+        limit_s=IN_PROGRESS_S + retries.source_bytes(owner, batch_id) / _SLOWEST_COPY_BYTES_PER_S,
+    )
 
 
 def _created(asked: CreateBatch) -> bytes:

@@ -35,6 +35,13 @@ class BatchListQuery(Fields):
     limit: Annotated[int, Field(ge=1, le=100)] = 20
 
 
+class ResultsQuery(Fields):
+    """The query of ``GET /v1/batches/{id}/results``: after which input line, how many lines."""
+
+    after: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    limit: Annotated[int, Field(ge=1, le=100_000)] = 1000
+
+
 class RequestCounts(BaseModel):
     """Lines of the input: all of them, those answered, those failed."""
 
@@ -66,9 +73,14 @@ class BatchUsage(BaseModel):
 
 
 class BatchExtras(BaseModel):
-    """What OpenAI's object has no room for; ``warning`` is the code of a passing trouble."""
+    """What OpenAI's object has no room for.
+
+    ``warning`` is the code of a passing trouble, ``retry_of`` the batch whose failed lines these
+    are.
+    """
 
     warning: str | None
+    retry_of: str | None
 
 
 class BatchObject(BaseModel):
@@ -129,7 +141,7 @@ class BatchObject(BaseModel):
                 total_tokens=batch.prompt_tokens + batch.completion_tokens,
             ),
             metadata=batch.metadata,
-            vlmq=BatchExtras(warning=batch.warning),
+            vlmq=BatchExtras(warning=batch.warning, retry_of=batch.retry_of),
         )
 
 

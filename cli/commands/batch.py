@@ -21,13 +21,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from cli.client import Client, Json, ServerTrouble
+from cli.client import Client, Json
+from cli.following import follow_results, patiently
 from cli.options import connect, json_option, pairs, server_options
 from cli.output import err, note, print_json, print_table, when
 
 TERMINAL = {"completed", "failed", "expired", "cancelled"}
 POLL_S = 0.5
-RETRY_S = 2.0
 PLAIN_LINE_S = 10.0
 """Without a terminal, progress is one line this often."""
 
@@ -80,17 +80,44 @@ def watch(batch_id: str, *, as_json: bool, url: str, api_key: str | None) -> Non
 @click.argument("batch_id", metavar="ID")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Into FILE.")
 @click.option("--errors", type=click.Path(path_type=Path, dir_okay=False), help="Failed ones.")
+@click.option("--follow", is_flag=True, help="Write lines as they are done, until the batch ends.")
+@click.option(
+    "--after",
+    type=click.IntRange(min=0),
+    help="With --follow: go on after this line of the input; files are appended to.",
+)
 @server_options
 def results(
-    batch_id: str, output: Path | None, errors: Path | None, url: str, api_key: str | None
+    batch_id: str,
+    output: Path | None,
+    errors: Path | None,
+    *,
+    follow: bool,
+    after: int | None,
+    url: str,
+    api_key: str | None,
 ) -> None:
-    """Write the answers of a finished batch, one JSON object per line."""
+    """Write the answers of a finished batch, one JSON object per line.
+
+    With --follow also of a running one, in the order of its input; failed lines are among them
+    unless --errors FILE takes them.
+    """
+    if after is not None and not follow:
+        raise click.UsageError("--after goes with --follow")
     with connect(url, api_key) as client:
+        if follow:
+            follow_results(client, batch_id, output=output, errors=errors, after=after)
+            found = patiently(lambda: client.batch(batch_id))
+            _explain_problems(found)
+            note(f"the batch is {found['status']}: {counts(found)}")
+            if found["status"] != "completed":
+                raise SystemExit(1)
+            return
         found = client.batch(batch_id)
         if found["status"] not in TERMINAL:
             raise click.ClickException(
-                f"the batch is not finished ({found['status']}); "
-                f"wait for it with: vlmq batch watch {batch_id}"
+                f"the batch is not finished ({found['status']}); wait for it with: "
+                f"vlmq batch watch {batch_id}; or take what is done with --follow"
             )
         _fetch(client, found.get("output_file_id"), output or Path("-"), "answers")
         if errors is not None:
@@ -99,6 +126,24 @@ def results(
             failed = found["request_counts"]["failed"]
             note(f"{failed} request(s) failed; --errors FILE writes why")
     _explain_problems(found)
+
+
+@batch.command()
+@click.argument("batch_id", metavar="ID")
+@click.option("--watch", "follow", is_flag=True, help="Stay and show the progress.")
+@json_option
+@server_options
+def retry(batch_id: str, *, follow: bool, as_json: bool, url: str, api_key: str | None) -> None:
+    """Make a new batch of the failed lines of one that has ended."""
+    with connect(url, api_key) as client:
+        created = client.retry_batch(batch_id)
+        note(f"batch {created['id']} started; it retries {batch_id}")
+        if follow:
+            _finish(_watch(client, created["id"]), as_json=as_json)
+        elif as_json:
+            print_json(created)
+        else:
+            click.echo(created["id"])
 
 
 @batch.command("list")
@@ -169,7 +214,7 @@ def _watch(client: Client, batch_id: str) -> Json:
     try:
         with _display() as show:
             while True:
-                found = _patiently(lambda: client.batch(batch_id))
+                found = patiently(lambda: client.batch(batch_id))
                 show(found)
                 if found["status"] in TERMINAL:
                     return found
@@ -180,24 +225,6 @@ def _watch(client: Client, batch_id: str) -> Json:
             f"                              Stop it:     vlmq batch cancel {batch_id}"
         )
         raise
-
-
-def _patiently(ask: Callable[[], Json]) -> Json:
-    told = False
-    while True:
-        try:
-            answer = ask()
-        except ServerTrouble as error:
-            if not error.passing:
-                raise
-            if not told:
-                note(f"{error.message.splitlines()[0]}; trying again until it answers")
-                told = True
-            time.sleep(RETRY_S)
-        else:
-            if told:
-                note("the server answers again")
-            return answer
 
 
 @contextlib.contextmanager

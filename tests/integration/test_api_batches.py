@@ -12,6 +12,7 @@ from shared.stores import Stores
 from tests.integration.api_server import ApiServer, StartApi
 
 LINE = b'{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {}}\n'
+_PARTS = ("results", "retry")
 KEYS = {
     "id",
     "object",
@@ -65,7 +66,7 @@ def test_a_created_batch_says_everything_it_will_ever_say(sdk: openai.OpenAI, fi
     )
     body = raw.http_response.json()
     assert set(body) == KEYS
-    assert body["vlmq"] == {"warning": None}
+    assert body["vlmq"] == {"warning": None, "retry_of": None}
     made = raw.parse()
     assert (made.object, made.status, made.endpoint) == (
         "batch",
@@ -250,3 +251,25 @@ def test_an_idempotency_key_has_a_bound(sdk: openai.OpenAI, file_id: str) -> Non
     with pytest.raises(openai.BadRequestError) as refused:
         _create(sdk, file_id, extra_headers={"Idempotency-Key": "k" * 256})
     assert refused.value.param == "Idempotency-Key"
+
+
+def test_lines_and_retries_of_another_owner_are_not_found(start_api: StartApi) -> None:
+    """As if the batch were not there; without a key nobody is told anything."""
+    with start_api(owners=("ann", "bob")) as server:
+        ann = server.client(server.secrets["ann"])
+        batch = _create(ann, ann.files.create(file=("in.jsonl", LINE), purpose="batch").id)
+        lines, retry = (f"{server.base_url}/batches/{batch.id}/{what}" for what in _PARTS)
+        keys = {name: {"authorization": f"Bearer {key}"} for name, key in server.secrets.items()}
+        own = httpx.get(lines, headers=keys["ann"])
+        assert (own.status_code, own.headers["vlmq-complete"]) == (200, "false")
+        assert own.headers["vlmq-next-after"] == "0"
+        assert httpx.post(retry, headers=keys["ann"]).json()["error"]["code"] == (
+            "illegal_transition"
+        )
+        for answer in (
+            httpx.get(lines, headers=keys["bob"]),
+            httpx.post(retry, headers=keys["bob"]),
+        ):
+            assert answer.status_code == 404
+            assert batch.id in answer.json()["error"]["message"]
+        assert httpx.get(lines).status_code == httpx.post(retry).status_code == 401

@@ -21,6 +21,7 @@ from shared.ids import derived_id
 from shared.jobs import BatchSpec, BatchState, StopReason
 from shared.leases import Lease
 from shared.manifest import Chunk, Manifest
+from shared.results import IndexWriter
 from shared.shards import copy_errors, copy_output, read_header, shard_path
 from shared.storage import Layout, atomic_file, remove_tree, storage_errors, write_all
 from workers.inference.batch_lines import error_line, item_id, read_chunk, split_lines
@@ -52,6 +53,7 @@ def finalize(
     totals = _Totals()
     output = _write(spec, "output", layout, files, lambda target: join.output(target, totals))
     errors = _write(spec, "errors", layout, files, lambda target: join.errors(target, totals))
+    join.index.write(batches.folder(spec.id))
     state = _terminal(batch.stop_reason, totals, batch.total)
     until_answered(
         lambda: batches.finished(
@@ -93,15 +95,19 @@ class _Join:
         spec = self._spec = lease.spec
         self._folder = batches.folder(spec.id)
         self._commits = batches.commits(lease)
+        planned = Manifest.exists(self._folder)
+        self._manifest = Manifest(self._folder) if planned else None
+        self.index = IndexWriter(self._manifest.plan.chunks if self._manifest else 0)
         self._source = layout.file_dir(spec.input_file_id) / "content"
         self._never_ran: type[VlmqError] = BatchExpired if stopped == "expired" else BatchCancelled
         self._keep_going = keep_going
 
     def output(self, target: BinaryIO, totals: _Totals) -> None:
         """Write all output lines."""
-        for path in self._shards():
+        for chunk, path in self._shards():
             header = read_header(path)
             copy_output(path, header, target)
+            self.index.output(chunk, header.output_bytes)
             totals.completed += header.completed
 
     def errors(self, target: BinaryIO, totals: _Totals) -> None:
@@ -112,20 +118,21 @@ class _Join:
             path = shard_path(self._folder, index, token)
             header = read_header(path)
             copy_errors(path, header, target)
+            self.index.errors(index, header.error_bytes)
             totals.failed += header.failed
         for chunk in self._undone(done):
             totals.failed += self._write_undone(chunk, target)
 
-    def _shards(self) -> Iterator[Path]:
+    def _shards(self) -> Iterator[tuple[int, Path]]:
         for count, (chunk, token) in enumerate(self._commits):
             if count % _TICK_EVERY == 0:
                 self._keep_going()
-            yield shard_path(self._folder, chunk, token)
+            yield chunk, shard_path(self._folder, chunk, token)
 
     def _undone(self, done: set[int]) -> Iterator[Chunk]:
-        if not Manifest.exists(self._folder):
+        if self._manifest is None:
             return
-        for chunk in Manifest(self._folder).chunks():
+        for chunk in self._manifest.chunks():
             if chunk.index not in done:
                 self._keep_going()
                 yield chunk
@@ -137,7 +144,9 @@ class _Join:
             error_line(item_id(self._spec.id, line.number), line.custom_id(), error, in_batch=True)
             for line in split_lines(data, chunk.first_line)
         ]
-        write_all(target, b"".join(lines))
+        text = b"".join(lines)
+        write_all(target, text)
+        self.index.errors(chunk.index, len(text))
         return len(lines)
 
 
