@@ -1,4 +1,4 @@
-"""Tying the life of a process to its parent's."""
+"""What a process may use, and tying its life to its parent's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
 
 
 def die_with_parent(parent_pid: int | None = None) -> bool:

@@ -74,6 +74,27 @@ class RunningNode:
         )
         log.close()
 
+    def refused(self) -> subprocess.CompletedProcess[str]:
+        """Start another node with the same configuration, which ends by itself."""
+        return subprocess.run(
+            [sys.executable, "-m", "workers.node", "--config", str(self.config)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def vlmq(self, *arguments: str) -> subprocess.Popen[str]:
+        """``vlmq ARGUMENTS`` against this node."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "cli.main", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "VLMQ_URL": self.base_url, "COLUMNS": "200"},
+        )
+
     def stop(self) -> int:
         """SIGTERM, and the exit status."""
         assert self.process is not None

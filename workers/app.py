@@ -21,7 +21,7 @@ from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 
 from shared.log import get_logger
-from shared.process import die_with_parent
+from shared.process import die_with_parent, usable_cores
 from shared.queue import CONTROL_QUEUE, batch_queue, chat_queue, make_celery
 from shared.settings import Settings
 from workers.batch_worker import BatchWorker
@@ -91,7 +91,7 @@ def run_batch_consumer(settings: Settings) -> None:
     register_batch_task(app, run_slice)
     models = _served_models(settings)
     queues = [CONTROL_QUEUE, *(batch_queue(model) for model in models)]
-    processes = count_batch_processes(settings.node, len(os.sched_getaffinity(0)))
+    processes = count_batch_processes(settings.node, usable_cores())
     _run(app, "batch", settings, queues, pool="prefork", concurrency=processes)
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pynvml
 
+from shared.checkpoints import weights_bytes
+from shared.errors import CheckpointInvalid
 from shared.log import get_logger
+from shared.process import usable_cores
 from workers.placement import Machine
 
 log = get_logger(__name__)
-
-_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def look_at_machine(gpus: Iterable[str]) -> Machine:
@@ -23,29 +23,25 @@ def look_at_machine(gpus: Iterable[str]) -> Machine:
     wanted = list(dict.fromkeys(gpus))
     try:
         if not wanted:
-            return Machine(_cores(), gpu_bytes)
+            return Machine(usable_cores(), gpu_bytes)
         with _nvml():
             for gpu in wanted:
                 gpu_bytes[gpu] = _total_bytes(gpu)
     except pynvml.NVMLError as error:
         log.warning("gpu_memory_unknown", gpus=wanted, reason=str(error))
-    return Machine(_cores(), gpu_bytes)
+    return Machine(usable_cores(), gpu_bytes)
 
 
 def weight_bytes(checkpoint: str | None) -> int | None:
-    """The size of a checkpoint's weights on disk; None without a folder or without weights."""
+    """The size of a checkpoint's weights; None without a folder or without whole weights."""
     if checkpoint is None:
         return None
-    for pattern in _WEIGHTS:
-        # The same weights in two formats are loaded once.
-        total = sum(path.stat().st_size for path in Path(checkpoint).glob(pattern))
-        if total:
-            return total
-    return None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    try:
+        return weights_bytes(Path(checkpoint))
+    except CheckpointInvalid as error:
+        # The engine that loads it will refuse it, and says so where people look.
+        log.warning("weights_unknown", folder=checkpoint, reason=error.message)
+        return None
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,18 +20,16 @@ from pathlib import Path
 import httpx
 
 from benchmarks.gpu.accounts import Accounts, account
-from benchmarks.gpu.clock import BudgetSpent, Clock, Terminated, bounded
 from benchmarks.gpu.mutations import write_mutated
 from benchmarks.gpu.nodes import prepared_node, replicas, start
-from benchmarks.gpu.opening import add_common, open_session, prepare
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.opening import add_common, conducted, prepare
 from benchmarks.gpu.scale import GpuScale, Sizes
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.setups import Sections, setup_of
 from benchmarks.gpu.work import MODEL, WORKS, item_lines, write_input
 from benchmarks.http_batches import TERMINAL, BatchClient
 from benchmarks.report import Figure, Target
-from shared.errors import QueueUnavailable, VlmqError
+from shared.errors import QueueUnavailable
 from shared.presence import ReplicaReport
 from tests.running_node import RunningNode
 
@@ -50,25 +47,14 @@ _NONE = Target("<=", 0)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Break what was asked for and return the exit status."""
     args = _parse(arguments)
-    results = Results(dry=args.engine == "echo")
-    clock = Clock(args.budget_s)
-    session: Session | None = None
-    try:
-        with bounded(clock), tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-            scale = _DRY if results.dry else _SCALE
-            session = open_session(args, Path(name), scale, results, clock)
-            session.rows = ["448"]
-            prepare(session)
-            for case in args.only or CASES:
-                CASES[case](session, session.backends[0])
-    except BudgetSpent:
-        results.incomplete("the time was up before everything was tried")
-    except Terminated:
-        results.incomplete("ended from outside before everything was tried")
-    except VlmqError as error:
-        print(error.message, file=sys.stderr)
-        return 2
-    return 2 if session is None else session.conclude()
+
+    def measure(session: Session) -> None:
+        session.rows = ["448"]
+        prepare(session)
+        for case in args.only or CASES:
+            CASES[case](session, session.backends[0])
+
+    return conducted(args, _DRY if args.engine == "echo" else _SCALE, measure)
 
 
 def _report(

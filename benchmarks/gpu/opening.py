@@ -6,12 +6,14 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.clock import BudgetSpent, Clock, Terminated, bounded
 from benchmarks.gpu.machine import Preparing
 from benchmarks.gpu.photos import write_photos
 from benchmarks.gpu.results import Results
@@ -20,7 +22,7 @@ from benchmarks.gpu.session import Session
 from benchmarks.gpu.setups import SETUPS, setup_of
 from benchmarks.gpu.watch import gpu_names
 from benchmarks.gpu.work import WORKS
-from shared.errors import ConfigurationError
+from shared.errors import ConfigurationError, VlmqError
 from workers.inference.internvl.config import read_config
 
 BACKENDS = tuple(name for name in SETUPS if name != "echo")
@@ -82,6 +84,25 @@ def _version(package: str) -> str:
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return "none"
+
+
+def conducted(args: argparse.Namespace, scale: GpuScale, measure: Callable[[Session], None]) -> int:
+    """Open a session, measure within the budget, and give the exit status of what was found."""
+    results = Results(dry=args.engine == "echo")
+    clock = Clock(args.budget_s)
+    session: Session | None = None
+    try:
+        with bounded(clock), tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+            session = open_session(args, Path(name), scale, results, clock)
+            measure(session)
+    except BudgetSpent:
+        results.incomplete("the time was up before everything was done")
+    except Terminated:
+        results.incomplete("ended from outside before everything was done")
+    except VlmqError as error:
+        print(error.message, file=sys.stderr)
+        return 2
+    return 2 if session is None else session.conclude()
 
 
 def prepare(session: Session) -> None:

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.gpu import ours, theirs
-from benchmarks.gpu.clock import BudgetSpent, Clock, Terminated, bounded
-from benchmarks.gpu.opening import BACKENDS, add_common, open_session, prepare
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.opening import BACKENDS, add_common, conducted, prepare
 from benchmarks.gpu.scale import DRY, FULL, QUICK, GpuScale
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.work import WORKS
-from shared.errors import VlmqError
 
 ROWS = (*WORKS, "chat", "chat-busy", "gpus")
 _BACKEND_S = 260.0
@@ -30,23 +25,13 @@ _BACKEND_S = 260.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for and return the exit status."""
     args = _parse(arguments)
-    results = Results(dry=args.engine == "echo")
-    clock = Clock(args.budget_s)
-    session: Session | None = None
-    try:
-        with bounded(clock), tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-            session = open_session(args, Path(name), _scale(args), results, clock)
-            session.rows = args.only or list(ROWS)
-            prepare(session)
-            _measure(session, args.raw_rounds)
-    except BudgetSpent:
-        results.incomplete("the time was up before everything was measured")
-    except Terminated:
-        results.incomplete("ended from outside before everything was measured")
-    except VlmqError as error:
-        print(error.message, file=sys.stderr)
-        return 2
-    return 2 if session is None else session.conclude()
+
+    def measure(session: Session) -> None:
+        session.rows = args.only or list(ROWS)
+        prepare(session)
+        _measure(session, args.raw_rounds)
+
+    return conducted(args, _scale(args), measure)
 
 
 def _measure(session: Session, raw_rounds: int) -> None:

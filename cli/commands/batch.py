@@ -58,12 +58,7 @@ def submit(
         uploaded = _upload(client, file)
         created = client.create_batch(uploaded["id"], labels)
         note(f"batch {created['id']} started")
-        if follow:
-            _finish(_watch(client, created["id"]), as_json=as_json)
-        elif as_json:
-            print_json(created)
-        else:
-            click.echo(created["id"])
+        _stay_or_name(client, created, follow=follow, as_json=as_json)
 
 
 @batch.command()
@@ -138,12 +133,7 @@ def retry(batch_id: str, *, follow: bool, as_json: bool, url: str, api_key: str 
     with connect(url, api_key) as client:
         created = client.retry_batch(batch_id)
         note(f"batch {created['id']} started; it retries {batch_id}")
-        if follow:
-            _finish(_watch(client, created["id"]), as_json=as_json)
-        elif as_json:
-            print_json(created)
-        else:
-            click.echo(created["id"])
+        _stay_or_name(client, created, follow=follow, as_json=as_json)
 
 
 @batch.command("list")
@@ -300,6 +290,16 @@ class PlainProgress:
         numbers = found["request_counts"]
         rate = self._rate.per_second(numbers["completed"] + numbers["failed"])
         note(f"{found['status']} {counts(found)}" + (f", {rate:,.1f} items/s" if rate else ""))
+
+
+def _stay_or_name(client: Client, created: Json, *, follow: bool, as_json: bool) -> None:
+    """Stay with a batch that was just made, or say which it is."""
+    if follow:
+        _finish(_watch(client, created["id"]), as_json=as_json)
+    elif as_json:
+        print_json(created)
+    else:
+        click.echo(created["id"])
 
 
 def _finish(found: Json, *, as_json: bool) -> None:

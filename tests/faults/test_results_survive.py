@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,18 +94,6 @@ class Reader:
         return self.rows
 
 
-def start(node: RunningNode, *arguments: str) -> subprocess.Popen[str]:
-    """``vlmq ARGUMENTS`` against the node."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "cli.main", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "VLMQ_URL": node.base_url, "COLUMNS": "200"},
-    )
-
-
 def ids_of(rows: list[dict[str, Any]]) -> list[str]:
     """Whose lines these are, in their order."""
     return [row["custom_id"] for row in rows]
@@ -141,7 +127,7 @@ def test_a_follower_outlives_the_server(
     """The API is killed; ``vlmq batch results --follow`` has every line once, in order."""
     batch = submit(sdk, numbered(ITEMS))
     target = tmp_path / "lines.jsonl"
-    process = start(node, "batch", "results", batch.id, "--follow", "-o", str(target))
+    process = node.vlmq("batch", "results", batch.id, "--follow", "-o", str(target))
     reader = Reader(node, batch.id, limit=100)
     wait_for(lambda: target.exists() and target.stat().st_size > 0, "a line", 30)
     servers = node.pids("api.server")
@@ -163,7 +149,7 @@ def test_a_follower_that_was_interrupted_goes_on(
     texts[3] = texts[700] = "no json"
     batch = submit(sdk, texts)
     files = ("-o", str(tmp_path / "out"), "--errors", str(tmp_path / "err"))
-    process = start(node, "batch", "results", batch.id, "--follow", *files)
+    process = node.vlmq("batch", "results", batch.id, "--follow", *files)
     out = tmp_path / "out"
     wait_for(lambda: out.exists() and out.stat().st_size > 0, "a line", 30)
     process.send_signal(signal.SIGINT)
@@ -171,7 +157,7 @@ def test_a_follower_that_was_interrupted_goes_on(
     assert process.returncode == 130, err
     assert sdk.batches.retrieve(batch.id).status == "in_progress"
     after = err.split("--after ")[1].split()[0]
-    process = start(node, "batch", "results", batch.id, "--follow", "--after", after, *files)
+    process = node.vlmq("batch", "results", batch.id, "--follow", "--after", after, *files)
     _, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     expected = [name for name in all_ids() if name not in ("item-3", "item-700")]
@@ -221,7 +207,7 @@ def test_failed_lines_are_retried_end_to_end(node: RunningNode, sdk: openai.Open
     refused = httpx.post(f"{node.base_url}/batches/{clean.id}/retry")
     assert refused.status_code == 400
     assert "nothing to retry" in refused.json()["error"]["message"]
-    process = start(node, "batch", "retry", clean.id)
+    process = node.vlmq("batch", "retry", clean.id)
     assert "nothing to retry" in process.communicate(timeout=30)[1]
     assert process.returncode == 1
 
@@ -237,7 +223,7 @@ def test_a_stopped_batch_is_taken_up_again(node: RunningNode, sdk: openai.OpenAI
     rows = Reader(node, batch.id, limit=400).read_to_the_end()
     assert ids_of(rows) == all_ids()
     never = [row["custom_id"] for row in rows if row["error"] is not None]
-    process = start(node, "batch", "retry", batch.id, "--watch", "--json")
+    process = node.vlmq("batch", "retry", batch.id, "--watch", "--json")
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     again = sdk.batches.retrieve(json.loads(out)["id"])

@@ -16,21 +16,9 @@ from tests.running_node import RunningNode, running_node, wait_for
 ENDPOINT = "/v1/chat/completions"
 
 
-def start(node: RunningNode, *arguments: str) -> subprocess.Popen[str]:
-    """``vlmq ARGUMENTS`` against ``node``."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "cli.main", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "VLMQ_URL": node.base_url, "COLUMNS": "200"},
-    )
-
-
 def vlmq(node: RunningNode, *arguments: str, status: int = 0) -> tuple[str, str]:
     """Run it to its end; returns standard output and standard error."""
-    process = start(node, *arguments)
+    process = node.vlmq(*arguments)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, (out, err)
     return out, err
@@ -142,7 +130,7 @@ def test_ctrl_c_leaves_the_batch_running(node: RunningNode, tmp_path: Path) -> N
     path = lines(tmp_path, ["[[echo:sleep=20]]"] * 2)
     out, _ = vlmq(node, "batch", "submit", str(path))
     batch_id = out.strip()
-    watching = start(node, "batch", "watch", batch_id)
+    watching = node.vlmq("batch", "watch", batch_id)
     assert watching.stderr is not None
     first = watching.stderr.readline()
     watching.send_signal(signal.SIGINT)
@@ -177,7 +165,7 @@ def test_watching_survives_a_restart_of_the_server(tmp_path: Path) -> None:
     """Given a watched batch, when the API is killed, then watching goes on to the end."""
     with running_node() as own:
         path = lines(tmp_path, ["[[echo:sleep=6]]"] * 2)
-        watching = start(own, "batch", "submit", str(path), "--watch")
+        watching = own.vlmq("batch", "submit", str(path), "--watch")
         assert watching.stderr is not None
         while not watching.stderr.readline().startswith("in_progress"):
             assert watching.poll() is None

@@ -68,13 +68,7 @@ def test_its_settings_are_written_for_this_user_only(own_node: RunningNode) -> N
 def test_a_second_node_on_the_same_run_dir_is_refused(own_node: RunningNode) -> None:
     """Given a running node, when another starts in its run_dir, it says so and harms nothing."""
     before = set(own_node.pids())
-    second = subprocess.run(
-        [sys.executable, "-m", "workers.node", "--config", str(own_node.config)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    second = own_node.refused()
     assert second.returncode == 1
     assert "a node already runs with run_dir" in second.stderr
     assert before <= set(own_node.pids())
@@ -144,13 +138,7 @@ def test_a_model_that_cannot_load_is_reported_with_its_reason() -> None:
 def test_a_port_in_use_is_said_at_once(own_node: RunningNode) -> None:
     """Given a taken port, when a node starts, then it names the port and leaves nothing."""
     with running_node(api={"port": own_node.port}, start=False) as node:
-        refused = subprocess.run(
-            [sys.executable, "-m", "workers.node", "--config", str(node.config)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        refused = node.refused()
         assert refused.returncode == 1
         assert f":{own_node.port}" in refused.stderr
         assert "--port" in refused.stderr

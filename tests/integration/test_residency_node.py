@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -167,13 +165,7 @@ def test_replicas_of_one_gpu_load_one_after_the_other() -> None:
 def test_what_does_not_fit_is_refused_at_start() -> None:
     """Two models that are always loaded, each with the whole GPU."""
     with running_node(models=(echo("a"), echo("b")), start=False) as node:
-        refused = subprocess.run(
-            [sys.executable, "-m", "workers.node", "--config", str(node.config)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        refused = node.refused()
         assert refused.returncode == 1
         assert "do not fit on GPU 0 together: a (1), b (1)" in refused.stderr
         assert node.pids() == []

@@ -121,8 +121,9 @@ class ChunkRun:
     def run(self) -> ChunkResult:
         """Answer every item and write the shard.
 
-        Raises: EnginesAway, EngineUnavailable when no engine answered for long, StorageFull, StorageFailed, and
-        whatever ``keep_going`` raises. The engines are told to forget what they still had.
+        Raises: EnginesAway, EngineUnavailable when no engine answered for long, StorageFull,
+        StorageFailed, and whatever ``keep_going`` raises. The engines are told to forget what they
+        still had.
         """
         lines = split_lines(read_chunk(self._source, self._chunk), self._chunk.first_line)
         try:

@@ -131,7 +131,10 @@ class ReadyPrompts:
         return [dict(made[index]) for index in shown]
 
     def inputs(self, prompt: Prompt, pixels: list[dict[str, Any]]) -> dict[str, Any]:
-        """What lmdeploy's engines take: token ids, and where among them the images stand."""
+        """What lmdeploy's engines take: token ids, and where among them the images stand.
+
+        Raises: InvalidValue.
+        """
         segments = self.segments(prompt)
         ids = list(segments[0])
         for image, segment in zip(pixels, segments[1:], strict=True):
@@ -165,7 +168,7 @@ class ReadyPrompts:
         pieces = text.split(mark)
         images = sum(isinstance(part, int) for turn in turns for part in turn.parts)
         if len(pieces) != images + 1:
-            # The conversation itself spells the mark out.
+            # A text holds lmdeploy's older mark, <IMAGE_TOKEN>, which is turned into this one.
             raise InvalidValue(f"a message may not contain '{mark}'", param="messages")
         encode = self._engine.tokenizer.encode
         return tuple(
