@@ -60,6 +60,12 @@ class ModelRecord(msgspec.Struct, frozen=True):
     defaults: ModelDefaults = ModelDefaults()
     visible_to: str | None = None
     source: ModelSource | None = None
+    base: str | None = None
+    """The model that this one was tuned from; nodes that serve the base serve it, too."""
+    job: str | None = None
+    """The fine-tune that made it."""
+    candidate: bool = False
+    """Loaded for its own job's comparison only; nobody else sees it yet."""
     revision: int = 1
     """Grows when the model is linked anew or reloaded; nodes then replace their engines."""
 
