@@ -1,4 +1,4 @@
-"""``/v1/models``: what may be named as ``model``. Linking and removing is done on the machine."""
+"""``/v1/models``: what may be named as ``model``. Linking is done on the machine, by fine-tunes apart."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from flask import Blueprint, Response
 from api import current
 from api.bodies import require_no_query
 from api.errors import json_response
-from api.schemas.models import ModelObject
-from shared.errors import Forbidden
+from api.schemas.models import DeletedModel, ModelObject
+from shared.errors import Forbidden, NotFound
+from shared.models import ModelRecord
 
 blueprint = Blueprint("models", __name__)
 
@@ -31,10 +32,31 @@ def retrieve(name: str) -> Response:
 
 @blueprint.delete("/v1/models/<path:name>")
 def delete(name: str) -> Response:
-    """Refuse: only fine-tuned models are deleted over HTTP, and there are none yet."""
+    """Forget a model that a fine-tune of this owner made. Its weights stay with the job."""
     require_no_query()
-    current.visible_model(name)
-    raise Forbidden(
-        f"the model '{name}' was linked on the server; remove it there with 'vlmq models remove'",
-        param="model",
-    )
+    record = current.visible_model(name)
+    if record.job is None:
+        raise Forbidden(
+            f"the model '{name}' was linked on the server; remove it there with 'vlmq models "
+            "remove'",
+            param="model",
+        )
+    if not _made_by_owner(record):
+        raise Forbidden(
+            f"the model '{name}' was made by somebody else's fine-tune; its owner may delete it",
+            param="model",
+        )
+    current.stores().models.remove(name)
+    return json_response(DeletedModel(id=name).model_dump())
+
+
+def _made_by_owner(record: ModelRecord) -> bool:
+    if record.visible_to is not None:
+        return record.visible_to == current.owner()
+    if record.job is None:
+        return False
+    try:
+        current.stores().finetunes.get(current.owner(), record.job)
+    except NotFound:
+        return False
+    return True
