@@ -116,9 +116,10 @@ def serve_checkpoint(job_id: str, checkpoint_id: str) -> Response:
     """Have a checkpoint converted and registered as a model. Asking twice is asking once."""
     require_no_query()
     require_no_body()
-    step = _checkpoint(_job(job_id), checkpoint_id).step_number
-    job = current.stores().finetunes.request_checkpoint(current.owner(), job_id, step)
-    return json_response(_checkpoint(job, checkpoint_id).model_dump())
+    job = _job(job_id)
+    step = _step(job, checkpoint_id)
+    asked = current.stores().finetunes.request_checkpoint(current.owner(), job_id, step)
+    return json_response(CheckpointObject.of(job, asked).model_dump())
 
 
 def _created(asked: CreateFinetune) -> bytes:
@@ -159,12 +160,12 @@ def _checkpoints(job: Finetune) -> list[CheckpointObject]:
     return [CheckpointObject.of(job, checkpoint) for checkpoint in newest_first]
 
 
-def _checkpoint(job: Finetune, checkpoint_id: str) -> CheckpointObject:
+def _step(job: Finetune, checkpoint_id: str) -> int:
     for checkpoint in _checkpoints(job):
         if checkpoint.id == checkpoint_id:
-            return checkpoint
+            return checkpoint.step_number
     raise NotFound(
         f"the job '{job.id}' has no checkpoint '{checkpoint_id[:128]}'; it may have made room for "
         "newer ones (vlmq.keep_checkpoints)",
-        param="checkpoint_id",
+        param="fine_tuning_checkpoint_id",
     )

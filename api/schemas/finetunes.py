@@ -274,9 +274,10 @@ def event_number(job_id: str, text: str | None) -> int | None:
 
 
 class CheckpointExtras(BaseModel):
-    """Whether the checkpoint's model can be used: the name it answers to, or null."""
+    """The model it is served as, or null; how far that is: null, requested, served or failed."""
 
     model: str | None
+    conversion: str | None
 
 
 class CheckpointObject(BaseModel):
@@ -301,7 +302,7 @@ class CheckpointObject(BaseModel):
             fine_tuning_job_id=job.id,
             metrics={"step": checkpoint.step, **checkpoint.metrics},
             step_number=checkpoint.step,
-            vlmq=CheckpointExtras(model=checkpoint.model),
+            vlmq=CheckpointExtras(model=checkpoint.model, conversion=checkpoint.conversion),
         )
 
 
