@@ -1,79 +1,83 @@
-"""Fine-tunes in stores without a node: taken through their states by the test, as a worker would."""
+"""Fine-tunes in stores without a node: recorded, claimed and moved step by step by the test."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from urllib.parse import quote
-
-import msgspec
+from typing import Any
 
 from shared.clock import unix_now
 from shared.finetune_store import FinetuneLease, FinetuneWork
-from shared.finetunes import FinetuneCheckpoint, FinetuneState
-from shared.models import ModelRecord
-from shared.storage import write_json
+from shared.finetunes import (
+    DataSource,
+    Finetune,
+    FinetuneEvent,
+    FinetuneSpec,
+    FinetuneState,
+    Recipe,
+)
+from shared.ids import new_id
 from shared.stores import Stores
 
-WORKER = "test"
+BASE = "tiny"
 
 
-def claim(stores: Stores, kind: FinetuneWork, job_id: str) -> FinetuneLease:
-    """The lease of this very job; those in line before it are cancelled."""
-    while True:
-        lease = stores.finetunes.claim(kind, WORKER, gpus=8)
-        assert lease is not None, f"{job_id} is not in line for {kind}"
-        if lease.job_id == job_id:
-            return lease
-        stores.finetunes.want(lease.job.owner, lease.job_id, "cancel")
-        stores.finetunes.release(lease)
-
-
-@contextlib.contextmanager
-def training(stores: Stores, job_id: str) -> Iterator[FinetuneLease]:
-    """A new job as it is while it trains; given back afterwards unless it was moved on."""
-    validation = claim(stores, "validate", job_id)
-    stores.finetunes.move(validation, FinetuneState.QUEUED, message="Its data is good")
-    lease = claim(stores, "train", job_id)
-    stores.finetunes.move(lease, FinetuneState.RUNNING, message="Training", stage="train")
-    try:
-        yield lease
-    finally:
-        stores.finetunes.release(lease)
-
-
-def save(stores: Stores, lease: FinetuneLease, steps: Iterable[int]) -> None:
-    """Note checkpoints of these steps."""
-    found = [
-        FinetuneCheckpoint(step, f"work/iter_{step}.pth", unix_now(), {"train_loss": 0.5})
-        for step in steps
-    ]
-    stores.finetunes.note(lease, checkpoints=found)
-
-
-def link_tuned(
-    stores: Stores,
-    name: str,
-    folder: Path,
-    *,
-    job: str,
-    visible_to: str | None = None,
-    candidate: bool = False,
-) -> str:
-    """Register a tuned model as the end of a fine-tune does; answers with its name."""
-    record = ModelRecord(
-        name=name,
-        path=str(folder),
-        engine=None,
-        trust_remote_code=False,
-        created=unix_now(),
-        owned_by="vlmq",
-        visible_to=visible_to,
-        base="base",
-        job=job,
-        candidate=candidate,
+def spec(
+    *, owner: str = "ann", gpus: int = 1, training_file: str = "file-train", **fields: Any
+) -> FinetuneSpec:
+    """What an owner may ask for."""
+    return FinetuneSpec(
+        id=new_id("ftjob-"),
+        owner=owner,
+        model=BASE,
+        created_at=unix_now(),
+        seed=7,
+        data=fields.pop("data", DataSource(training_file)),
+        recipe=Recipe(gpus=gpus),
+        **fields,
     )
-    place = stores.layout.models / f"{quote(name, safe='')}.json"
-    write_json(place, msgspec.to_builtins(record))
-    return name
+
+
+def create(stores: Stores, **fields: Any) -> Finetune:
+    """A job that waits to be validated."""
+    return stores.finetunes.create(spec(**fields))
+
+
+def now(stores: Stores, job: Finetune) -> Finetune:
+    """The job as it is now."""
+    return stores.finetunes.get(job.owner, job.id)
+
+
+def claim(
+    stores: Stores, kind: FinetuneWork = "train", worker: str = "w", gpus: int = 1
+) -> FinetuneLease:
+    """Claim a job, which must be there."""
+    lease = stores.finetunes.claim(kind, worker, gpus)
+    assert lease is not None, f"nothing to {kind} waits"
+    return lease
+
+
+def queued(stores: Stores, **fields: Any) -> Finetune:
+    """A job whose data was found good; it is the only one that waits to be validated."""
+    job = create(stores, **fields)
+    lease = claim(stores, "validate")
+    assert lease.job_id == job.id
+    stores.finetunes.move(lease, FinetuneState.QUEUED, message="Checked", stage="train")
+    return now(stores, job)
+
+
+def running(stores: Stores, worker: str = "w", **fields: Any) -> FinetuneLease:
+    """A job that is being trained."""
+    job = queued(stores, **fields)
+    lease = claim(stores, worker=worker, gpus=job.recipe.gpus)
+    assert lease.job_id == job.id
+    stores.finetunes.move(lease, FinetuneState.RUNNING, message="Training begins")
+    return lease
+
+
+def events(stores: Stores, job: Finetune) -> list[FinetuneEvent]:
+    """All events, oldest first."""
+    return stores.finetunes.events(job.owner, job.id, limit=10_000).items[::-1]
+
+
+def messages(stores: Stores, job: Finetune) -> list[str]:
+    """What the events say, oldest first."""
+    return [event.message for event in events(stores, job)]

@@ -20,9 +20,9 @@ from shared.finetunes import FinetuneError, FinetuneState
 from shared.models import ModelRegistry
 from shared.stores import Stores
 from tests.checkpoints import CONFIG, TUNABLE, write_checkpoint
+from tests.claimed_finetunes import link_tuned, save, training
 from tests.integration.api_server import ApiServer, StartApi
 from tests.running_node import wait_for
-from tests.stored_finetunes import link_tuned, save, training
 
 OWNER = "local"
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
