@@ -459,7 +459,7 @@ def test_a_name_that_would_be_too_long_is_refused(
     sdk: openai.OpenAI, stores: Stores, rows: str, tmp_path: Path
 ) -> None:
     """Before anything is trained that could not be registered afterwards."""
-    name = "b" * 80
+    name = "b" * 90
     stores.models.link(name, write_checkpoint(tmp_path / "long", TUNABLE))
     _await(sdk, name)
     assert _refused(sdk, rows, model=name, suffix="food").param == "suffix"
