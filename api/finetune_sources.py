@@ -25,9 +25,12 @@ _ARCHIVE_PURPOSES = ("fine-tune", "vision", "user_data")
 def check_sources(asked: CreateFinetune) -> None:
     """Raises: ModelNotFound, InvalidValue or Forbidden whose ``param`` is the field."""
     _check_model(asked.model)
-    _check_rows(asked.training_file, "training_file")
+    if asked.training_file.startswith("batch_"):
+        _check_batch(asked.training_file)
+    else:
+        _check_file(asked.training_file, _DATA_PURPOSES, "training_file")
     if asked.validation_file is not None:
-        _check_rows(asked.validation_file, "validation_file")
+        _check_file(asked.validation_file, _DATA_PURPOSES, "validation_file")
     options = asked.vlmq
     if options.images is not None:
         _check_images(options.images)
@@ -61,16 +64,12 @@ def _check_model(name: str) -> None:
         require_tunable(name, Path(record.path))
 
 
-def _check_rows(source: str, param: str) -> None:
-    if source.startswith("batch_"):
-        _check_batch(source, param)
-    else:
-        _check_file(source, _DATA_PURPOSES, param)
-
-
-def _check_batch(batch_id: str, param: str) -> None:
+def _check_batch(batch_id: str) -> None:
+    """Its requests are learned from with its answers, so the input must still be there, too."""
+    stores, owner, param = current.stores(), current.owner(), "training_file"
     try:
-        batch = current.stores().batches.get(current.owner(), batch_id)
+        batch = stores.batches.get(owner, batch_id)
+        stores.files.get(owner, batch.input_file_id)
     except NotFound as error:
         raise InvalidValue(error.message, param=param) from None
     if not batch.is_terminal or not _has_answers(batch):

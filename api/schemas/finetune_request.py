@@ -149,6 +149,11 @@ class CreateFinetune(Body):
         options = self.vlmq
         if options.method == "full":
             _refuse(options.given, _LORA_ONLY, "has no meaning with the method 'full'")
+        if options.method == "qlora" and options.deepspeed.startswith("zero3"):
+            raise InvalidValue(
+                "vlmq.deepspeed: the quantized weights of 'qlora' cannot be split; use 'zero2'",
+                param="vlmq.deepspeed",
+            )
         if self.validation_file is not None:
             why = "has no meaning beside a validation_file, whose rows are the ones held out"
             _refuse(options.given, frozenset({"held_out_share"}), why)
@@ -171,6 +176,12 @@ class CreateFinetune(Body):
             raise InvalidValue(
                 "give learning_rate_multiplier or vlmq.learning_rate, not both",
                 param="vlmq.learning_rate",
+            )
+        if theirs.batch_size is not None and theirs.batch_size % options.gpus:
+            raise InvalidValue(
+                f"batch_size counts the rows of all GPUs; {theirs.batch_size} is no multiple of "
+                f"the {options.gpus} of vlmq.gpus",
+                param=f"{self._where}.batch_size",
             )
         if options.config_file is None:
             return
@@ -205,9 +216,10 @@ class CreateFinetune(Body):
         return "hyperparameters" if self.hyperparameters else "method.supervised.hyperparameters"
 
 
-_LORA_ONLY = frozenset({"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"})
+_LORA_ONLY = frozenset({"lora_rank", "lora_alpha", "lora_dropout"})
 _IN_CONFIG = _LORA_ONLY | {
     "method",
+    "lora_targets",
     "learning_rate",
     "warmup_ratio",
     "weight_decay",

@@ -188,7 +188,8 @@ def _shown(job: Finetune, name: str) -> Any:
     for value in (job.resolved.get(name), getattr(job.recipe, name)):
         if value is not None:
             return value
-    return "auto"
+    # What is resolved is the learning rate itself; not to have asked for a multiple means once.
+    return 1.0 if job.resolved and name == "learning_rate_multiplier" else "auto"
 
 
 def _error(job: Finetune) -> ShownError | None:

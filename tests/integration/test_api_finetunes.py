@@ -19,6 +19,7 @@ from shared.finetune_store import NewEvent
 from shared.finetunes import FinetuneError, FinetuneState
 from shared.models import ModelRegistry
 from shared.stores import Stores
+from tests import stored_batches
 from tests.checkpoints import CONFIG, TUNABLE, write_checkpoint
 from tests.claimed_finetunes import link_tuned, save, training
 from tests.integration.api_server import ApiServer, StartApi
@@ -161,7 +162,7 @@ def test_what_the_server_chose_is_shown_once_it_has(
     """Given auto, when a worker has resolved it, then the numbers stand in its place."""
     job = _create(sdk, rows, hyperparameters={"n_epochs": 4})
     with training(stores, job.id) as lease:
-        stores.finetunes.note(lease, resolved={"batch_size": 32, "learning_rate_multiplier": 1.0})
+        stores.finetunes.note(lease, resolved={"batch_size": 32, "learning_rate": 3e-5})
         shown = sdk.fine_tuning.jobs.retrieve(job.id)
     assert shown.status == "running"
     assert shown.hyperparameters.to_dict() == {
@@ -385,6 +386,7 @@ def test_a_job_that_is_not_there_is_a_404(sdk: openai.OpenAI) -> None:
         ({"training_file": "../../etc/passwd"}, "training_file"),
         ({"training_file": "batch_0123456789abcdef01234567"}, "training_file"),
         ({"validation_file": "file-0123456789abcdef01234567"}, "validation_file"),
+        ({"validation_file": "batch_0123456789abcdef01234567"}, "validation_file"),
         ({"extra_body": {"vlmq": {"images": "file-0123456789abcdef01234567"}}}, "vlmq.images"),
         ({"extra_body": {"vlmq": {"images": "/etc"}}}, "vlmq.images"),
         ({"extra_body": {"vlmq": {"lora_rnk": 8}}}, "vlmq.lora_rnk"),
@@ -428,15 +430,29 @@ def test_a_file_that_a_live_job_reads_is_not_deleted(sdk: openai.OpenAI) -> None
     assert sdk.files.delete(file_id).deleted
 
 
-def test_a_batch_that_has_not_ended_is_no_data(sdk: openai.OpenAI) -> None:
-    """There may be more answers to come."""
-    line = b'{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {}}\n'
-    file_id = sdk.files.create(file=("in.jsonl", line), purpose="batch").id
-    batch = sdk.batches.create(
-        input_file_id=file_id, endpoint="/v1/chat/completions", completion_window="24h"
-    )
-    error = _refused(sdk, batch.id)
-    assert (error.param, "has not ended" in error.message) == ("training_file", True)
+def test_a_batch_is_data_once_it_has_ended(sdk: openai.OpenAI, stores: Stores) -> None:
+    """Not before, for more answers may come; and not without its requests, which are the questions."""
+    batch = stored_batches.planned(stores, 2, owner=OWNER)
+    early = _refused(sdk, batch.id)
+    assert (early.param, "has not ended" in early.message) == ("training_file", True)
+    stored_batches.commit(stores, stored_batches.claim(stores), completed=2)
+    stored_batches.run_control(stores)
+    job = _create(sdk, batch.id)
+    assert job.training_file == batch.id
+    with pytest.raises(openai.ConflictError):
+        sdk.files.delete(batch.input_file_id)
+    sdk.fine_tuning.jobs.cancel(job.id)
+    sdk.files.delete(batch.input_file_id)
+    late = _refused(sdk, batch.id)
+    assert (late.param, batch.input_file_id in late.message) == ("training_file", True)
+
+
+def test_a_batch_without_answers_is_no_data(sdk: openai.OpenAI, stores: Stores) -> None:
+    """There is nothing to learn from lines that all failed."""
+    batch = stored_batches.planned(stores, 2, owner=OWNER)
+    stored_batches.commit(stores, stored_batches.claim(stores), completed=0, failed=2)
+    stored_batches.run_control(stores)
+    assert "has no answers" in _refused(sdk, batch.id).message
 
 
 def test_only_some_models_can_be_tuned(
@@ -445,7 +461,7 @@ def test_only_some_models_can_be_tuned(
     """Others are refused with what works; so are models without a checkpoint."""
     qwen = {**CONFIG, "llm_config": {"architectures": ["Qwen2ForCausalLM"]}}
     stores.models.link("qwen", write_checkpoint(tmp_path / "qwen", qwen))
-    stores.models.link("echo", None, engine="echo")
+    stores.models.link("echo", None, engine="echo", replace=True)
     _await(sdk, "qwen", "echo")
     for model, said in (("qwen", "Qwen2ForCausalLM"), ("echo", "no checkpoint")):
         error = _refused(sdk, rows, model=model)

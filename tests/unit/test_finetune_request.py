@@ -176,6 +176,8 @@ def test_a_bad_field_is_named(changes: dict[str, Any], param: str) -> None:
             "vlmq.learning_rate",
         ),
         ({"vlmq": {"method": "full", "lora_rank": 8}}, "vlmq.lora_rank"),
+        ({"vlmq": {"method": "qlora", "deepspeed": "zero3"}}, "vlmq.deepspeed"),
+        ({"vlmq": {"gpus": 4}, "hyperparameters": {"batch_size": 6}}, "hyperparameters.batch_size"),
         ({"validation_file": "file-b", "vlmq": {"held_out_share": 0.1}}, "vlmq.held_out_share"),
         ({"vlmq": {"format": "batch"}}, "vlmq.format"),
         ({"training_file": "batch_a", "vlmq": {"format": "llava"}}, "vlmq.format"),
@@ -193,6 +195,12 @@ def test_a_bad_field_is_named(changes: dict[str, Any], param: str) -> None:
 def test_what_cannot_hold_together_is_refused(changes: dict[str, Any], param: str) -> None:
     """Nothing that was asked for is silently without effect."""
     assert refusal(**changes).param == param
+
+
+def test_the_parts_that_are_tuned_are_chosen_for_every_method() -> None:
+    """``lora_targets`` names the parts, also where they are tuned whole."""
+    recipe = asked(vlmq={"method": "full", "lora_targets": ["vit"]}).recipe()
+    assert (recipe.method, recipe.lora_targets) == ("full", ("vit",))
 
 
 def test_a_batch_may_be_what_is_learned_from() -> None:
