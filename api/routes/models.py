@@ -1,4 +1,7 @@
-"""``/v1/models``: what may be named as ``model``. Linking is done on the machine, by fine-tunes apart."""
+"""``/v1/models``: what may be named as ``model``.
+
+Models are linked on the machine, or by fine-tunes; only the latter are deleted over HTTP.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from api.bodies import require_no_query
 from api.errors import json_response
 from api.schemas.models import DeletedModel, ModelObject
 from shared.errors import Forbidden, NotFound
-from shared.models import ModelRecord
 
 blueprint = Blueprint("models", __name__)
 
@@ -41,22 +43,16 @@ def delete(name: str) -> Response:
             "remove'",
             param="model",
         )
-    if not _made_by_owner(record):
-        raise Forbidden(
-            f"the model '{name}' was made by somebody else's fine-tune; its owner may delete it",
-            param="model",
-        )
+    try:
+        # First, so that a deletion that was cut short can be asked for again.
+        current.stores().finetunes.forget_checkpoint(current.owner(), record.job, name)
+    except NotFound:
+        # Somebody else's job, or one that is deleted; the model's record says whose it is.
+        if record.visible_to != current.owner():
+            raise Forbidden(
+                f"the model '{name}' was made by somebody else's fine-tune; its owner may delete "
+                "it, or the operator by 'vlmq models remove'",
+                param="model",
+            ) from None
     current.stores().models.remove(name)
     return json_response(DeletedModel(id=name).model_dump())
-
-
-def _made_by_owner(record: ModelRecord) -> bool:
-    if record.visible_to is not None:
-        return record.visible_to == current.owner()
-    if record.job is None:
-        return False
-    try:
-        current.stores().finetunes.get(current.owner(), record.job)
-    except NotFound:
-        return False
-    return True

@@ -16,12 +16,12 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 
 from shared.finetune_store import NewEvent
-from shared.finetunes import FinetuneError, FinetuneState
+from shared.finetunes import FinetuneError, FinetuneState, Progress
 from shared.models import ModelRegistry
 from shared.stores import Stores
 from tests import stored_batches
 from tests.checkpoints import CONFIG, TUNABLE, write_checkpoint
-from tests.claimed_finetunes import link_tuned, save, training
+from tests.claimed_finetunes import claim, link_tuned, save, training
 from tests.integration.api_server import ApiServer, StartApi
 from tests.running_node import wait_for
 
@@ -159,12 +159,19 @@ def test_hyperparameters_are_shown_as_they_were_asked_for(
 def test_what_the_server_chose_is_shown_once_it_has(
     sdk: openai.OpenAI, stores: Stores, rows: str
 ) -> None:
-    """Given auto, when a worker has resolved it, then the numbers stand in its place."""
+    """Given auto, when a worker has resolved it, then the numbers stand in its place.
+
+    While it trains there is an estimate of its end; once it was given back there is none.
+    """
     job = _create(sdk, rows, hyperparameters={"n_epochs": 4})
     with training(stores, job.id) as lease:
         stores.finetunes.note(lease, resolved={"batch_size": 32, "learning_rate": 3e-5})
+        stores.finetunes.note(lease, progress=Progress(1, 10, eta_s=600.0))
         shown = sdk.fine_tuning.jobs.retrieve(job.id)
     assert shown.status == "running"
+    assert shown.estimated_finish is not None
+    assert shown.estimated_finish >= job.created_at + 600
+    assert sdk.fine_tuning.jobs.retrieve(job.id).estimated_finish is None
     assert shown.hyperparameters.to_dict() == {
         "n_epochs": 4,
         "batch_size": 32,
@@ -322,6 +329,28 @@ def test_a_checkpoint_is_served_on_request(
         404,
         "fine_tuning_checkpoint_id",
     )
+
+
+def test_a_served_checkpoint_is_deleted_and_served_anew(
+    api: ApiServer, sdk: openai.OpenAI, stores: Stores, rows: str, tmp_path: Path
+) -> None:
+    """Given a checkpoint's model that was deleted, then the checkpoint can be asked for again."""
+    job = _create(sdk, rows)
+    with training(stores, job.id) as lease:
+        save(stores, lease, [10])
+    [checkpoint] = sdk.fine_tuning.jobs.checkpoints.list(job.id).data
+    place = f"{api.base_url}/fine_tuning/jobs/{job.id}/checkpoints/{checkpoint.id}/serve"
+    name = checkpoint.fine_tuned_model_checkpoint
+    for _ in range(2):
+        assert httpx.post(place).json()["vlmq"] == {"model": None, "conversion": "requested"}
+        conversion = claim(stores, "checkpoint", job.id)
+        link_tuned(stores, name, write_checkpoint(tmp_path / "ten", TUNABLE), job=job.id)
+        stores.finetunes.finish_checkpoint(conversion, model=name)
+        assert httpx.post(place).json()["vlmq"] == {"model": name, "conversion": "served"}
+        _await(sdk, name)
+        sdk.models.delete(name)
+    [checkpoint] = sdk.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert checkpoint.to_dict()["vlmq"] == {"model": None, "conversion": None}
 
 
 def test_how_a_job_ended_is_told(sdk: openai.OpenAI, stores: Stores, rows: str) -> None:
