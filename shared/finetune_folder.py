@@ -195,6 +195,12 @@ class FinetuneFolder:
         """Record how far a checkpoint's conversion is."""
         write_json(self.path / "served" / f"{conversion.step}.json", conversion)
 
+    def remove_conversion(self, step: int) -> None:
+        """Take back that a checkpoint was asked for."""
+        path = self.path / "served" / f"{step}.json"
+        with storage_errors(path):
+            path.unlink(missing_ok=True)
+
     def conversions(self) -> list[Conversion]:
         """All checkpoints that were asked for, by step."""
         paths = (self.path / "served").glob("[0-9]*.json")

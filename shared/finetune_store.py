@@ -250,6 +250,17 @@ class FinetuneStore:
         self._announce()
         return self._checkpoint(owner, job_id, step)
 
+    def forget_checkpoint(self, owner: str, job_id: str, model: str) -> None:
+        """The checkpoint that is served as ``model`` shall be no more; it may be asked for again.
+
+        Does nothing if no checkpoint is. Raises: NotFound, StorageFailed, QueueUnavailable.
+        """
+        folder = FinetuneFolder(self.path(job_id))
+        for checkpoint in self.get(owner, job_id).checkpoints:
+            if checkpoint.model == model:
+                folder.remove_conversion(checkpoint.step)
+                self._redis.hdel(f"{PREFIX}finetune:{job_id}:served", checkpoint.step)
+
     def path(self, job_id: str) -> Path:
         """Where its records, data and checkpoints are."""
         return self._layout.finetune_dir(job_id)
