@@ -1,1 +1,1 @@
-"""Fine-tuning: from a dataset to a tuned model's folder. Nothing here imports a model library but the trainer's own modules."""
+"""Fine-tuning: data in, xtuner run, progress out, the tuned model compared and registered."""
