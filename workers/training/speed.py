@@ -9,16 +9,19 @@ token that counts sees it.
 from __future__ import annotations
 
 import sys
+import time
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.hooks import Hook
 from torch import Tensor, nn
 from torch.nn import functional
 
+from workers.training.features import can_cache, fill_cache, read_features_only
 from workers.training.orders import Speed
+from workers.training.samples import StrictSamples
 
 _LANGUAGE_ATTENTION = frozenset({"InternLM2Attention", "InternLM2FlashAttention2"})
 _VISION_ATTENTION = "InternAttention"
@@ -38,10 +41,25 @@ class SpeedHook(Hook):
         model = runner.model.module
         replaced = use_sdpa(model) if self._speed.attention == "sdpa" else 0
         set_checkpointing(model, on=self._speed.gradient_checkpointing)
+        self._cache_features(runner, model)
         runner.logger.info(
             f"Attention of PyTorch in {replaced} modules; "
             f"gradient checkpointing {'on' if self._speed.gradient_checkpointing else 'off'}"
         )
+
+    def _cache_features(self, runner: Any, model: nn.Module) -> None:
+        folder = self._speed.cached_features
+        loader = runner.train_dataloader
+        if folder is None or not isinstance(loader.dataset, StrictSamples):
+            return
+        if not can_cache(model):
+            runner.logger.warning("The ViT is trained or drops at random: no features are cached")
+            return
+        started = time.monotonic()
+        cache = fill_cache(model, loader.dataset, Path(folder), loaders=loader.num_workers)
+        loader.dataset.features = cache
+        read_features_only(model)
+        runner.logger.info(f"Features are cached after {time.monotonic() - started:.1f} s")
 
 
 def use_sdpa(model: nn.Module) -> int:
@@ -142,7 +160,3 @@ def _vision_attention(self: Any, hidden_states: Tensor) -> Tensor:
     out: Tensor = self.proj_drop(self.proj(seen.transpose(1, 2).flatten(2)))
     return out
 
-
-def peak_memory_bytes() -> int | None:
-    """The most that this process ever held on its GPU; None without one."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
