@@ -140,16 +140,13 @@ class Node:
         _require_redis(settings)
         registry = ModelRegistry(Layout(settings.data_dir))
         serve = choose_models(settings, registry, story.say) if self._serves() else ()
-        records = {entry.model: registry.get(entry.model) for entry in serve}
+        records = registry.by_name()
         placements = place_models(serve, records) if "engines" in self._roles else []
         self.settings = settings = with_overrides(
             settings,
             api={"port": self._free_port()},
-            node={
-                "serve": [entry.model_dump(mode="json") for entry in serve],
-                # Lets the reaper tell this run's dead workers from those of a later one.
-                "run_id": new_id("run_"),
-            },
+            # Lets the reaper tell this run's dead workers from those of a later one.
+            node={"run_id": new_id("run_")},
         )
         config = settings.run_dir / "settings.json"
         write_json(config, snapshot(settings))
@@ -166,6 +163,7 @@ class Node:
                 make_program=programs.engine,
                 tell=self._child_changed,
                 say=story.say,
+                changed=self._announce_soon,
             )
             self._fleet.tick()
             self._gpus.start()
@@ -278,6 +276,9 @@ class Node:
 
     def _child_changed(self, child: Child) -> None:
         self._story.child_changed(child)
+        self._announce_soon()
+
+    def _announce_soon(self) -> None:
         if self._announcer is not None:
             self._announcer.soon()
 
