@@ -19,6 +19,7 @@ from shared.clock import unix_now
 from shared.errors import CheckpointInvalid, InvalidValue, ModelNotFound, StorageFailed
 from shared.storage import Layout, read_json, storage_errors, write_json
 
+MAX_NAME_CHARACTERS = 128
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 _CACHE_S = 1.0
 
