@@ -68,7 +68,7 @@ class EmptyFile(InvalidRequest):
 
 
 class FileInUse(InvalidRequest):
-    """The file is the input of a batch that has not finished; cancel the batch first."""
+    """A batch or fine-tune that has not finished reads this file; cancel that one first."""
 
     code = "file_in_use"
 
