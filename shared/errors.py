@@ -286,6 +286,12 @@ class HubUnavailable(VlmqError):
     retryable = True
 
 
+class ComparisonFailed(VlmqError):
+    """The tuned model could not be compared with its base."""
+
+    code = "comparison_failed"
+
+
 # --- the ground gave way ----------------------------------------------------------------------
 
 
