@@ -495,6 +495,7 @@ class FinetuneStore:
     ) -> None:
         """Write a record and events down, then tell Redis in one step."""
         folder = FinetuneFolder(self.path(lease.job_id))
+        before = folder.read_state(lease.token)
         unsent = self._written(folder, lease, events)
         folder.write_state(lease.token, _to_disk(record))
         sent = [*resend, *unsent.events]
@@ -513,8 +514,11 @@ class FinetuneStore:
         with self._unsent_lock:
             self._unsent.pop((lease.job_id, lease.token), None)
         if answer is None or answer == b"refused":
+            # A rebuild must not take what was refused for what happened.
             if unsent.events:
                 folder.truncate_events(lease.token, unsent.acknowledged_bytes)
+            if before is not None:
+                folder.write_state(lease.token, before)
             if answer is None:
                 raise LeaseLost()
             raise IllegalTransition(f"the fine-tune cannot become {to}")

@@ -26,7 +26,7 @@ from shared.queue import FINETUNE_QUEUE
 from shared.stores import Stores
 from tests.conftest import connected, store_settings
 from tests.stored_batches import upload
-from tests.stored_finetunes import claim, create, events, messages, now, queued, running, spec
+from tests.finetune_steps import claim, create, events, messages, now, queued, running, spec
 
 S = FinetuneState
 
