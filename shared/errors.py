@@ -7,7 +7,7 @@ the API and the lines of a batch's error file agree.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class VlmqError(Exception):
@@ -145,6 +145,73 @@ class RateLimited(VlmqError):
 
     code = "rate_limited"
     retryable = True
+
+
+# --- the data of a fine-tune is wrong ---------------------------------------------------------
+
+
+class DatasetInvalid(InvalidRequest):
+    """The training data cannot be used as it is.
+
+    ``report`` holds what was found until then, in the form of the job's ``data_report``.
+    """
+
+    code = "dataset_invalid"
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        report: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message, param=param)
+        self.report: dict[str, Any] = report or {}
+
+
+class DatasetFormatUnclear(DatasetInvalid):
+    """The format of the rows cannot be told; name it in the job's 'format'."""
+
+    code = "dataset_format_unclear"
+
+
+class TooManyRows(DatasetInvalid):
+    """The dataset has more rows than this server accepts."""
+
+    code = "too_many_rows"
+
+
+class TooManyBadRows(DatasetInvalid):
+    """Too large a share of the rows cannot be used."""
+
+    code = "too_many_bad_rows"
+
+
+class TooFewRows(DatasetInvalid):
+    """Too few rows can be used."""
+
+    code = "too_few_rows"
+
+
+class ArchiveInvalid(DatasetInvalid):
+    """The archive of images cannot be read."""
+
+    code = "archive_invalid"
+
+
+class RowUnusable(InvalidRequest):
+    """The row cannot be trained on.
+
+    ``reason`` is what rows dropped for the same fault are counted under.
+    """
+
+    code = "row_unusable"
+
+    def __init__(
+        self, message: str | None = None, *, param: str | None = None, reason: str | None = None
+    ) -> None:
+        super().__init__(message, param=param)
+        self.reason = reason or self.code
 
 
 # --- an image is wrong ------------------------------------------------------------------------
