@@ -7,7 +7,7 @@ be away meanwhile: what could not be told is told later, and training goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,14 @@ from shared.errors import (
     TrainingCrashed,
     VlmqError,
 )
+from shared.finetune_folder import FinetuneFolder
 from shared.finetune_store import STEP_SECONDS, FinetuneLease, FinetuneStore, NewEvent
 from shared.finetunes import Progress
 from shared.log import get_logger
 from workers.logfiles import tail
 from workers.training.holding import Draining, Holding, StopWanted
 from workers.training.job_folder import JobFolder
-from workers.training.orders import TrainerExit, read_verdict
+from workers.training.orders import RUN, Run, TrainerExit, read_order, read_verdict
 from workers.training.process import Ending, TrainingProcess
 from workers.training.progress import Metric, ProgressReader
 from workers.training.saved import SavedCheckpoint, checkpoints
@@ -64,7 +65,6 @@ class AttemptLimits:
 
     keep: int
     max_attempts: int
-    samples_per_step: int
 
 
 class Attempt:
@@ -97,6 +97,7 @@ class Attempt:
         self._known: set[int] = set()
         self._dirty = False
         self._progress: Progress | None = None
+        self._run: Run | None = None
 
     def run(self, process: TrainingProcess) -> SavedCheckpoint:
         """Watch it to its end.
@@ -162,7 +163,7 @@ class Attempt:
             self._store.add_events(self._lease, events)
             self._untold.clear()
         if self._dirty:
-            self._folder.prune(self._limits.keep, but=_asked_for(self._lease))
+            self._folder.prune(self._limits.keep, but=self._asked_for())
             saved = self._folder.saved()
             progress = {} if self._progress is None else {"progress": self._progress}
             self._store.note(
@@ -184,7 +185,7 @@ class Attempt:
             "eta_s": round(metric.eta_s, 1),
         }
         if metric.samples_per_s > 0:
-            data[STEP_SECONDS] = self._limits.samples_per_step / metric.samples_per_s
+            data[STEP_SECONDS] = self._samples_per_step() / metric.samples_per_s
         shown = "no number" if metric.loss is None else f"{metric.loss:.4f}"
         return NewEvent(
             f"Step {metric.step}/{metric.total_steps}: training loss {shown}",
@@ -192,6 +193,16 @@ class Attempt:
             type="metrics",
             data=data,
         )
+
+    def _asked_for(self) -> list[int]:
+        """Checkpoints that somebody wants served and that are not converted yet."""
+        asked = FinetuneFolder(self._folder.path).conversions()
+        return [one.step for one in asked if one.model is None and one.error is None]
+
+    def _samples_per_step(self) -> int:
+        if self._run is None:
+            self._run = read_order(self._work / RUN, Run)
+        return self._run.samples_per_step
 
     # --- how it ended ---
 
@@ -268,10 +279,6 @@ def _kept(last: SavedCheckpoint | None) -> str:
 
 def _goes_on(last: SavedCheckpoint | None) -> str:
     return "it begins anew" if last is None else f"it goes on from step {last.step}"
-
-
-def _asked_for(lease: FinetuneLease) -> Sequence[int]:
-    return [one.step for one in lease.job.checkpoints if one.conversion == "requested"]
 
 
 def _progress(metric: Metric) -> Progress:

@@ -85,10 +85,14 @@ class Holding:
 
         Raises: LeaseLost, StopWanted or Draining.
         """
+        if self._wanted != "run" and not self._lost:
+            raise StopWanted(self._wanted)
+        self.check_held()
+
+    def check_held(self) -> None:
+        """The same, whatever the owner wants. Raises: LeaseLost or Draining."""
         if self._lost:
             raise LeaseLost()
-        if self._wanted != "run":
-            raise StopWanted(self._wanted)
         if self._draining.is_set():
             raise Draining()
 

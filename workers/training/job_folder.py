@@ -34,6 +34,7 @@ class JobFolder:
         self.path = path
         self.data = path / "data"
         self.rows = self.data / "train.json"
+        self.images = self.data / "images"
         self.work = path / "work"
         self.model = path / "model"
         self.comparison = path / "comparison.jsonl"

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -119,11 +119,14 @@ class TrainingProcess:
             return  # it ended meanwhile
 
 
-def end_earlier(name: str, *, wait_s: float) -> list[int]:
+def end_earlier(
+    name: str, *, wait_s: float, keep_going: Callable[[], None] = lambda: None
+) -> list[int]:
     """End what earlier attempts at a job left on this machine; returns what had to be killed.
 
     Their supervisors let the trainer save a checkpoint first, as they do by themselves when their
-    consumer dies (not when it is only paused); that may take ``wait_s``.
+    consumer dies (not when it is only paused); that may take ``wait_s``. ``keep_going`` may raise
+    to stop the waiting.
     """
     deadline = time.monotonic() + wait_s
     supervisors = _supervisors(name)
@@ -131,6 +134,7 @@ def end_earlier(name: str, *, wait_s: float) -> list[int]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     while supervisors and time.monotonic() < deadline:
+        keep_going()
         time.sleep(_POLL_S)
         supervisors = _supervisors(name)
     return end_strays(name, JOB_MARK)
