@@ -161,13 +161,23 @@ class FinetuneFolder:
     def events_of(self, token: int) -> list[StoredEvent]:
         """The events of one holder, in its order."""
         path = self._events(token)
-        return list(_parse(path)) if path.exists() else []
+        if not path.exists():
+            return []
+        return [event for event in _parse(path) if isinstance(event, StoredEvent)]
 
-    def events(self) -> list[StoredEvent]:
-        """Everything that happened, oldest first, each event once."""
-        found = [event for path in self._event_files() for event in _parse(path)]
+    def events(self) -> tuple[list[StoredEvent], list[str]]:
+        """Everything that happened, oldest first, each event once; and what could not be read."""
+        found: list[StoredEvent] = []
+        damaged: list[str] = []
+        for path in self._event_files():
+            for event in _parse(path):
+                if isinstance(event, str):
+                    damaged.append(event)
+                else:
+                    found.append(event)
         found.sort(key=lambda event: event.at_ms)  # stable: a holder's own order is kept
-        return list({event.key: event for event in reversed(found)}.values())[::-1]
+        firsts = {event.key: event for event in reversed(found)}
+        return list(firsts.values())[::-1], damaged
 
     def _event_files(self) -> Iterable[Path]:
         return sorted(
@@ -192,12 +202,15 @@ class FinetuneFolder:
         return sorted(found, key=lambda conversion: conversion.step)
 
 
-def _parse(path: Path) -> Iterator[StoredEvent]:
-    """The events of a file. A last line that was cut off by a kill never counted."""
+def _parse(path: Path) -> Iterator[StoredEvent | str]:
+    """The events of a file, and for each damaged line what is wrong with it.
+
+    A last line that was cut off by a kill never counted.
+    """
     with storage_errors(path):
         lines = path.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
         try:
             yield msgspec.json.decode(line, type=StoredEvent)
         except msgspec.MsgspecError as error:
-            raise StorageFailed(f"line {number} of {path} is damaged: {error}") from error
+            yield f"line {number} of {path} is damaged: {error}"

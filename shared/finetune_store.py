@@ -26,6 +26,8 @@ from shared.errors import (
     LeaseLost,
     NotFound,
     QueueUnavailable,
+    StorageFailed,
+    StorageFull,
     VlmqError,
 )
 from shared.finetune_folder import Conversion, FinetuneFolder, StoredEvent, Wish
@@ -149,17 +151,7 @@ class FinetuneStore:
 
     def enter(self, spec: FinetuneSpec, event: StoredEvent) -> None:
         """Put a recorded job into Redis, to be validated. Does nothing if it is there already."""
-        self._scripts(
-            "ft_create",
-            spec.id,
-            spec.owner,
-            msgspec.json.encode(spec),
-            spec.created_at * 1000,
-            spec.recipe.gpus,
-            msgspec.json.encode(used_by(spec, self._layout)),
-            event.key,
-            msgspec.json.encode(event),
-        )
+        self._scripts("ft_create", *_spec_args(spec, self._layout), *_event_args(event))
 
     def get(self, owner: str, job_id: str) -> Finetune:
         """The job as it is now. Raises: NotFound, for somebody else's too; QueueUnavailable."""
@@ -219,8 +211,7 @@ class FinetuneStore:
             if wanted == "cancel":
                 folder.withdraw_cancel()
             raise _too_late(now, wanted)
-        for event in told:
-            folder.write_event(msgspec.json.decode(event, type=StoredEvent))
+        self._write_told(job_id, told)
         self._announce()
         return now
 
@@ -412,8 +403,7 @@ class FinetuneStore:
             lease.step,
             lease.token,
             msgspec.json.encode(conversion),
-            event.key,
-            msgspec.json.encode(event),
+            *_event_args(event),
         )
         if done is None:
             raise LeaseLost()
@@ -424,19 +414,80 @@ class FinetuneStore:
         """Take back expired leases and those of ``dead_workers``; names what was taken.
 
         A job's attempts grow by one; what its owner wants of it comes true.
-        Raises: QueueUnavailable, StorageFull, StorageFailed.
+        Raises: QueueUnavailable.
         """
         taken = []
         for job_id, unit, *told in self._scripts("ft_reap", *dead_workers):
-            folder = FinetuneFolder(self.path(bytes(job_id).decode()))
-            for event in told:
-                folder.write_event(msgspec.json.decode(event, type=StoredEvent))
             taken.append(f"{bytes(job_id).decode()}|{bytes(unit).decode()}")
+            try:
+                self._write_told(bytes(job_id).decode(), told)
+            except (StorageFull, StorageFailed) as error:
+                # What was taken is free in Redis; only the events are missing after a rebuild.
+                log.error("event_not_written", unit=taken[-1], error=str(error))  # noqa: TRY400
         return taken
 
     def demand(self, *, limit: int) -> int:
         """How many jobs and checkpoints could be claimed right now, counted up to ``limit``."""
         return int(self._scripts("ft_demand", limit))
+
+    # --- for rebuilding and retention ---
+
+    def recorded(self, job_id: str) -> Finetune | None:
+        """The job as shared storage has it, when nobody holds it; ``None`` if it was never whole.
+
+        Raises: StorageFailed, ValidationError for a damaged file.
+        """
+        folder = FinetuneFolder(self.path(job_id))
+        spec = folder.spec()
+        if spec is None:
+            return None
+        fresh = Finetune(**msgspec.structs.asdict(spec), state=FinetuneState.VALIDATING_FILES)
+        left = folder.read_state(folder.latest_token()) or {}
+        return _settled(_from_disk(fresh, left), folder.wish())
+
+    def restore(self, job: Finetune, *, token: int) -> Sequence[str]:
+        """Put a recorded job back into Redis, where it counts its tokens on from ``token``.
+
+        Does nothing if it is there. Answers with events that could not be read.
+        Raises: StorageFailed, ValidationError for a damaged file, QueueUnavailable.
+        """
+        folder = FinetuneFolder(self.path(job.id))
+        spec = msgspec.convert(msgspec.to_builtins(job), FinetuneSpec)
+        conversions = folder.conversions()
+        events, damaged = folder.events()
+        self._scripts(
+            "ft_restore",
+            *_spec_args(spec, self._layout),
+            *_record_args(job),
+            job.state.value,
+            job.wanted,
+            job.finished_at or "",
+            job.token + token,
+            len(conversions),
+            *(part for conversion in conversions for part in _conversion_args(conversion)),
+            *(part for event in events for part in _event_args(event)),
+        )
+        return damaged
+
+    def ended_before(self, unix_s: int) -> Sequence[Finetune]:
+        """Jobs that ended before that, none of whose checkpoints is about to be converted."""
+        ids = self._redis.zrangebyscore(f"{PREFIX}finetunes_ended", "-inf", f"({unix_s}")
+        found = self._read([bytes(job_id).decode() for job_id in ids])
+        return [job for job in found if job is not None and not _is_converting(job)]
+
+    def remove(self, job: Finetune) -> None:
+        """Forget a job that has ended, in Redis and then on disk, checkpoints and all.
+
+        Raises: StorageFailed, QueueUnavailable.
+        """
+        name = f"{PREFIX}finetune:{job.id}"
+        parts = ("events", "seen", "served", "tries", "delays", "leases")
+        pipeline = self._redis.pipeline()
+        pipeline.delete(name, *(f"{name}:{part}" for part in parts))
+        pipeline.zrem(f"{PREFIX}finetunes:{job.owner}", job.id)
+        pipeline.zrem(f"{PREFIX}finetunes_ended", job.id)
+        pipeline.execute()
+        remove_tree(self.path(job.id))
 
     # --- inside ---
 
@@ -509,7 +560,7 @@ class FinetuneStore:
             record.finished_at or unix_now(),
             *_record_args(record),
             _step_seconds(unsent.events),
-            *(part for event in sent for part in (event.key, msgspec.json.encode(event))),
+            *(part for event in sent for part in _event_args(event)),
         )
         with self._unsent_lock:
             self._unsent.pop((lease.job_id, lease.token), None)
@@ -522,8 +573,7 @@ class FinetuneStore:
             if answer is None:
                 raise LeaseLost()
             raise IllegalTransition(f"the fine-tune cannot become {to}")
-        for event in answer:
-            folder.write_event(msgspec.json.decode(event, type=StoredEvent))
+        self._write_told(lease.job_id, answer)
         if lets_go:
             self._announce()
 
@@ -543,6 +593,12 @@ class FinetuneStore:
             with self._unsent_lock:
                 self._unsent[mine] = unsent
         return unsent
+
+    def _write_told(self, job_id: str, told: Sequence[bytes]) -> None:
+        """Write down the events that a script added."""
+        folder = FinetuneFolder(self.path(job_id))
+        for event in told:
+            folder.write_event(msgspec.json.decode(event, type=StoredEvent))
 
     def _checkpoint(self, owner: str, job_id: str, step: int) -> FinetuneCheckpoint:
         for checkpoint in self.get(owner, job_id).checkpoints:
@@ -638,6 +694,49 @@ def _record_args(record: Finetune) -> tuple[bytes, str, int, str]:
     plain = {*_PLAIN, *_PLAIN_NUMBERS}
     noted = {name: value for name, value in _to_disk(record).items() if name not in plain}
     return (msgspec.json.encode(noted), record.stage, record.attempts, record.waiting_for or "")
+
+
+def _spec_args(spec: FinetuneSpec, layout: Layout) -> tuple[str | int | bytes, ...]:
+    """What was asked, as the scripts take it that enter a job."""
+    return (
+        spec.id,
+        spec.owner,
+        msgspec.json.encode(spec),
+        spec.created_at * 1000,
+        spec.recipe.gpus,
+        msgspec.json.encode(used_by(spec, layout)),
+    )
+
+
+def _event_args(event: StoredEvent) -> tuple[str, bytes]:
+    return event.key, msgspec.json.encode(event)
+
+
+def _conversion_args(conversion: Conversion) -> tuple[int, bytes, int]:
+    waits = conversion.model is None and conversion.error is None
+    return conversion.step, msgspec.json.encode(conversion), int(waits)
+
+
+def _settled(job: Finetune, wish: Wish | None) -> Finetune:
+    """A job that nobody holds, as its owner wants it; what ``ft_settle`` does in Redis.
+
+    What it waited for is not known any more; whoever looks at it next will say.
+    """
+    wanted: Wanted = "run" if wish is None else wish.wanted
+    job = msgspec.structs.replace(job, wanted=wanted, waiting_for=None)
+    if job.is_terminal:
+        return job
+    if wanted == "cancel" and wish is not None:
+        return msgspec.structs.replace(job, state=FinetuneState.CANCELLED, finished_at=wish.at)
+    if wanted == "pause":
+        return msgspec.structs.replace(job, state=FinetuneState.PAUSED)
+    at_start = FinetuneState.VALIDATING_FILES
+    is_unchecked = job.state == at_start or (job.state == "paused" and job.stage == "validate")
+    return msgspec.structs.replace(job, state=at_start if is_unchecked else FinetuneState.QUEUED)
+
+
+def _is_converting(job: Finetune) -> bool:
+    return any(checkpoint.conversion == "requested" for checkpoint in job.checkpoints)
 
 
 def _decode(fields: dict[bytes, bytes], served: Sequence[bytes]) -> Finetune:

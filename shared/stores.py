@@ -72,7 +72,9 @@ class Stores:
 
     def rebuild(self) -> RebuildReport:
         """Put back into Redis what shared storage holds and Redis lacks."""
-        return Rebuild(self.redis, self._scripts, self.layout, self.files, self.batches).run()
+        return Rebuild(
+            self.redis, self._scripts, self.layout, self.files, self.batches, self.finetunes
+        ).run()
 
     def close(self) -> None:
         """Let go of threads and connections."""

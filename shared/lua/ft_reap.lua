@@ -12,7 +12,7 @@ end
 local taken = {}
 for number, member in ipairs(lost) do
   local id, unit = ft_unit(member)
-  if holder(id, unit) then
+  if holder(id, unit) and redis.call('EXISTS', key(id)) == 1 then
     local died = number > expired
     drop_lease(id, unit)
     if unit == JOB then
@@ -28,7 +28,7 @@ for number, member in ipairs(lost) do
     taken[#taken + 1] = { id, unit, unpack(told) }
     told = {}
   else
-    redis.call('ZREM', P .. 'finetune_leases', member)
+    drop_lease(id, unit)
   end
 end
 return taken
