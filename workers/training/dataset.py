@@ -200,8 +200,8 @@ class _Preparation:
         try:
             self._collect(table)
             self._judge(table)
-            held_out = self._split(table)
-            report = self._write(table, held_out)
+            table.hold_out(self._split(table))
+            report = self._write(table)
         finally:
             table.close()
         with storage_errors(database):
@@ -381,21 +381,23 @@ class _Preparation:
         )
         return choose(table.groups(self._seed), wanted) if wanted else set()
 
-    def _write(self, table: RowTable, held_out: set[bytes]) -> DataReport:
+    def _write(self, table: RowTable) -> DataReport:
         pictures = PictureFolder(self._scratch / IMAGES, self._limits.images)
         for name in table.images_unused():
             pictures.discard(name)
         train = _RowWriter(self._scratch / TRAIN)
         kept = _RowWriter(self._scratch / HELD_OUT)
         with train, kept:
-            for good in table.good_rows():
-                self._step()
-                is_held_out = good.side == "validation" or good.key in held_out
-                value = _llava(good, exact=self._lengths.is_exact)
-                (kept if is_held_out else train).add(value)
+            self._write_rows(train, table.train_rows())
+            self._write_rows(kept, table.held_out_rows(self._seed))
         digest = hashlib.sha256(train.sha256 + kept.sha256).hexdigest()
         report = self._report(table, train.rows, kept.rows)
         return msgspec.structs.replace(report, bytes=train.bytes + kept.bytes, sha256=digest)
+
+    def _write_rows(self, writer: _RowWriter, rows: Iterator[GoodRow]) -> None:
+        for good in rows:
+            self._step()
+            writer.add(_llava(good, exact=self._lengths.is_exact))
 
     def _report(self, table: RowTable, train: int, held_out: int) -> DataReport:
         images, image_bytes = table.images_used()

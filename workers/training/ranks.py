@@ -48,9 +48,7 @@ def run(command: Sequence[str], count: int) -> int:
             process.wait()
 
 
-def _start(
-    command: Sequence[str], rank: int, count: int, port: int
-) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], rank: int, count: int, port: int) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         MARK: str(rank),
@@ -62,7 +60,9 @@ def _start(
         "MASTER_PORT": str(port),
     }
     return subprocess.Popen(
-        command, env=environment, preexec_fn=partial(die_with_parent, os.getpid())  # noqa: PLW1509
+        command,
+        env=environment,
+        preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509
     )
 
 

@@ -7,7 +7,7 @@ one process that made it reads it.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -30,7 +30,9 @@ create table images (
     address text primary key, width int, height int, bytes int, name text, reason text, message text,
     exact int
 );
-create table good (id integer primary key, side text, key blob, tokens int, name text);
+create table good (
+    id integer primary key, side text, key blob, tokens int, name text, held_out int default 0
+);
 """
 
 
@@ -55,11 +57,10 @@ class StoredRow(msgspec.Struct, frozen=True):
 
 
 class GoodRow(msgspec.Struct, frozen=True):
-    """A row that can be trained on. ``key`` is what the split goes by."""
+    """A row that can be trained on."""
 
     side: Side
     number: int
-    key: bytes
     tokens: int
     row: Row
     picture: Picture | None
@@ -163,7 +164,7 @@ class RowTable:
         name = None if stored.picture is None else stored.picture.name
         with scratch_errors(self._path):
             self._base.execute(
-                "insert into good values (?, ?, ?, ?, ?)",
+                "insert into good (id, side, key, tokens, name) values (?, ?, ?, ?, ?)",
                 (stored.id, stored.side, key, tokens, name),
             )
 
@@ -183,24 +184,45 @@ class RowTable:
 
     def groups(self, seed: int) -> Iterator[tuple[bytes, int]]:
         """The keys of training rows with how many each has, in the order of their rank."""
-        self._base.create_function("rank", 1, lambda key: rank(seed, key), deterministic=True)
+        self._rank_by(seed)
         with scratch_errors(self._path):
             yield from self._base.execute(
                 "select key, count(*) from good where side = 'training' group by key"
                 " order by rank(key)"
             )
 
-    def good_rows(self) -> Iterator[GoodRow]:
-        """The rows that can be used, in their order."""
+    def hold_out(self, keys: Iterable[bytes]) -> None:
+        """Keep these groups of training rows, and all validation rows, from training."""
         with scratch_errors(self._path):
-            for side, number, key, tokens, content, name, width, height, size in self._base.execute(
-                "select good.side, number, key, tokens, content, good.name, width, height, bytes"
+            self._base.execute("create index by_key on good (key)")
+            self._base.execute("update good set held_out = 1 where side = 'validation'")
+            self._base.executemany(
+                "update good set held_out = 1 where key = ?", ((key,) for key in keys)
+            )
+
+    def train_rows(self) -> Iterator[GoodRow]:
+        """The rows to train on, in their order."""
+        return self._good_rows("held_out = 0 order by good.id")
+
+    def held_out_rows(self, seed: int) -> Iterator[GoodRow]:
+        """The rows kept from training, in the order of their rank, which is chance."""
+        self._rank_by(seed)
+        return self._good_rows("held_out = 1 order by rank(key), good.id")
+
+    def _good_rows(self, which: str) -> Iterator[GoodRow]:
+        with scratch_errors(self._path):
+            for side, number, tokens, content, name, width, height, size in self._base.execute(
+                "select good.side, number, tokens, content, good.name, width, height, bytes"
                 " from good join rows on good.id = rows.id left join images on image = address"
-                " order by good.id"
+                f" where {which}"  # noqa: S608 - one of two texts above
             ):
                 row = msgspec.msgpack.decode(content, type=Row)
                 picture = None if name is None else Picture(name, width, height, size)
-                yield GoodRow(side, number, key, tokens, row, picture)
+                yield GoodRow(side, number, tokens, row, picture)
+
+    def _rank_by(self, seed: int) -> None:
+        with scratch_errors(self._path):
+            self._base.create_function("rank", 1, lambda key: rank(seed, key), deterministic=True)
 
     def count(self, side: Side) -> int:
         """How many rows of a file can be used."""

@@ -132,7 +132,9 @@ def _vision_attention(self: Any, hidden_states: Tensor) -> Tensor:
     query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
     if self.qk_normalization:
         query, key = self.q_norm(query), self.k_norm(key)
-    heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value)]
+    heads = [
+        part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value)
+    ]
     dropout = self.attn_drop.p if self.training else 0.0
     seen = functional.scaled_dot_product_attention(
         heads[0], heads[1], heads[2], dropout_p=dropout, scale=self.scale

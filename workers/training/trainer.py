@@ -18,7 +18,6 @@ from workers.training.orders import TrainerJob, read_order
 from workers.training.stopping import StopRequest
 
 
-
 def main(arguments: list[str]) -> None:
     """Command line. Ends by SystemExit unless training went to its end."""
     if len(arguments) != 1:
