@@ -45,7 +45,9 @@ def drop_candidate(stores: Stores, spec: FinetuneSpec) -> None:
 def publish_results(stores: Stores, spec: FinetuneSpec, folder: JobFolder) -> list[str]:
     """Put the result files among the owner's; done twice it gives the same files."""
     return [
-        _publish(stores, spec, path) for path in (folder.comparison, folder.metrics) if path.exists()
+        _publish(stores, spec, path)
+        for path in (folder.comparison, folder.metrics)
+        if path.exists()
     ]
 
 

@@ -92,6 +92,7 @@ class Stages:
         self._holding = holding
         self._done_training = done_training
         self._folder = JobFolder(self._store.path(lease.job_id))
+        self._running = False
 
     # --- validate ------------------------------------------------------------------------------
 
@@ -167,7 +168,7 @@ class Stages:
         if not self._folder.metrics.exists():
             self._begin("compare", "The tuned model answers the held-out rows, beside its base")
             self._compare()
-        self._begin("register", None)
+        self._begin("register", "The tuned model is being registered")
         self._register(trained)
 
     def _train(self) -> SavedCheckpoint:
@@ -246,14 +247,10 @@ class Stages:
             self._lease.token, self._lease.worker, lent.gpus, resume, config, versions(python)
         )
         provenance.record_attempt(self._folder, self._spec, base, report, resolved, attempt)
-        self._answered(
-            lambda: self._store.move(
-                self._lease,
-                FinetuneState.RUNNING,
-                message=_words_of_start(resolved, lent, resume),
-                stage="train",
-                resolved=msgspec.to_builtins(resolved),
-            )
+        self._run_from(
+            "train",
+            _words_of_start(resolved, lent, resume),
+            resolved=msgspec.to_builtins(resolved),
         )
         process = TrainingProcess(
             (python, "-m", "workers.training.trainer", str(plan.order)),
@@ -389,16 +386,21 @@ class Stages:
 
     # --- ground --------------------------------------------------------------------------------
 
-    def _begin(self, stage: Stage, message: str | None) -> None:
-        """Note the stage; a job that was taken over for it runs again from here on."""
-        words = message or f"Goes on with: {stage}"
+    def _begin(self, stage: Stage, message: str) -> None:
+        """Say that a stage begins; a job that was taken over for it is running from here on."""
+        if not self._running:
+            self._run_from(stage, message)
+            return
+        self._answered(lambda: self._store.add_events(self._lease, [NewEvent(message)]))
+        self._answered(lambda: self._store.note(self._lease, stage=stage))
 
-        def move() -> None:
-            # Repeated with every stage: the state is running already, or becomes so.
-            self._store.move(self._lease, FinetuneState.RUNNING, message=words, stage=stage)
-
-        if stage != "register" or self._spec.state is not FinetuneState.RUNNING:
-            self._answered(move)
+    def _run_from(self, stage: Stage, message: str, **fields: Any) -> None:
+        self._answered(
+            lambda: self._store.move(
+                self._lease, FinetuneState.RUNNING, message=message, stage=stage, **fields
+            )
+        )
+        self._running = True
 
     def _tell_waiting(self, waiting_for: str | None) -> None:
         try:
