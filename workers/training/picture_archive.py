@@ -127,7 +127,9 @@ class _Bounded:
         self.last = b""
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= self._max_read:
+        if size < 0:
+            size = max(0, self._limit - self._stream.tell())
+        if size > self._max_read:
             raise ArchiveInvalid("the archive has a header of absurd size", param="images")
         self._require_within(self._stream.tell() + size, slack=_MAX_TAR_READ)
         self.last = self._stream.read(size)
