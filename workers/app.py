@@ -1,7 +1,7 @@
 """The Celery workers: which pool serves which queues, and how they stop.
 
 Batch: a prefork pool, one chunk at a time per process. Chat: a threads pool, one request per
-thread. Both acknowledge early; what must not be lost is guarded by leases, not by the queue.
+thread. Fine-tunes: a threads pool, one job per thread. All acknowledge early; what must not be lost is guarded by leases, not by the queue.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from celery.exceptions import SecurityWarning
 
 from shared.log import get_logger
 from shared.process import die_with_parent, usable_cores
-from shared.queue import make_celery
+from shared.queue import FINETUNE_QUEUE, make_celery
 from shared.settings import Settings
 from workers.batch_worker import BatchWorker
+from workers.finetune_worker import FinetuneWorker, threads_of
 from workers.inference.chat import ChatWorker
 from workers.placement import count_batch_processes
 from workers.subscriptions import Subscriber, Wanted
-from workers.tasks import register_batch_task, register_chat_task
+from workers.tasks import register_batch_task, register_chat_task, register_finetune_task
 
 log = get_logger(__name__)
 
@@ -117,6 +118,27 @@ def run_chat_consumer(settings: Settings) -> None:
     wanted, threads = Wanted(settings), settings.node.chat_threads
     try:
         _run(app, "chat", settings, wanted.chat, pool="threads", concurrency=threads)
+    finally:
+        worker.close()
+
+
+def run_finetune_consumer(settings: Settings) -> None:
+    """Serve the queue of fine-tunes until SIGTERM; then trainings save a checkpoint and end."""
+    app = make_celery(settings)
+    worker = FinetuneWorker(settings, worker_name(settings))
+
+    def on_stop(**_: Any) -> None:
+        worker.stop()
+
+    signals.worker_shutting_down.connect(on_stop, weak=False)
+    register_finetune_task(app, worker.run)
+    threads = threads_of(settings)
+
+    def finetune_queues() -> list[str]:
+        return [FINETUNE_QUEUE]
+
+    try:
+        _run(app, "finetune", settings, finetune_queues, pool="threads", concurrency=threads)
     finally:
         worker.close()
 

@@ -277,7 +277,7 @@ class TestDetection:
 
     @pytest.mark.parametrize("row", [b"{}", b"[]", b'{"prompt": "", "completion": ""}', b"\xff"])
     def test_none_says_what_is_known(self, row: bytes) -> None:
-        with pytest.raises(DatasetFormatUnclear, match="messages.*conversations.*choices"):
+        with pytest.raises(DatasetFormatUnclear, match=r"messages.*conversations.*choices"):
             detect([row], "validation_file")
 
     def test_lines_of_a_batch_are_told_apart(self) -> None:

@@ -383,8 +383,7 @@ class _Preparation:
 
     def _write(self, table: RowTable) -> DataReport:
         pictures = PictureFolder(self._scratch / IMAGES, self._limits.images)
-        for name in table.images_unused():
-            pictures.discard(name)
+        pictures.keep_only(table.uses)
         train = _RowWriter(self._scratch / TRAIN)
         kept = _RowWriter(self._scratch / HELD_OUT)
         with train, kept:
