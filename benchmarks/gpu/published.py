@@ -26,14 +26,23 @@ _AUTO_MAP = {
 }
 
 
+def xtuner_folder() -> Path:
+    """Where xtuner is installed, without importing it, which takes seconds.
+
+    Raises: AssertionError if it is not.
+    """
+    found = importlib.util.find_spec("xtuner")
+    origin = None if found is None else found.origin
+    assert origin is not None, "xtuner is not installed in this environment"
+    return Path(origin).parent
+
+
 def add_published_code(folder: Path) -> None:
     """Put the code into a checkpoint's folder and name it in ``config.json``.
 
     Raises: AssertionError if xtuner is not installed.
     """
-    found = importlib.util.find_spec("xtuner")  # its import would take seconds and be of no use
-    assert found is not None and found.origin is not None, "xtuner is not installed"
-    modelings = Path(found.origin).parent / "_lite" / "modelings"
+    modelings = xtuner_folder() / "_lite" / "modelings"
     for tower, names in _TOWERS.items():
         for name in names:
             shutil.copyfile(modelings / tower / name, folder / name)
