@@ -1,0 +1,1 @@
+"""Fine-tunes: from rows and images to a tuned model in its official folder."""
