@@ -20,6 +20,15 @@ def gpu_names() -> list[str]:
     return [line.strip() for line in listed.splitlines() if line.strip()]
 
 
+def memory_bytes() -> int:
+    """Memory of the smallest GPU; 0 without one."""
+    try:
+        listed = _ask("--query-gpu=memory.total")
+    except OSError:
+        return 0
+    return min((int(line) << 20 for line in listed.split() if line.isdigit()), default=0)
+
+
 Sample = tuple[float, float, float]
 """Percent busy, MiB used, watts."""
 

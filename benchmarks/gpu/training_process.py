@@ -28,6 +28,7 @@ class Iteration(msgspec.Struct, frozen=True):
     time: float
     """Seconds, those of waiting for data included."""
     data_time: float
+    lr: float
     memory: float = 0.0
     """The most that tensors took so far, in MiB."""
 
@@ -143,7 +144,7 @@ def size_of(path: Path) -> int:
 
 def _checkpoint(work: Path) -> tuple[float, int]:
     """Seconds and bytes of the last checkpoint; both are written after the last scalars."""
-    scalars = sorted(work.glob("*/vis_data/scalars.json"))[-1]
+    scalars = max(work.glob("*/vis_data/scalars.json"))
     mark = work / "last_checkpoint"
     if not mark.exists():
         return 0.0, 0
