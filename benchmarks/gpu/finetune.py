@@ -58,7 +58,6 @@ from benchmarks.gpu.training_process import (
 from benchmarks.gpu.tuned import Variant
 from benchmarks.report import table, write_json
 from shared.errors import ConfigurationError, VlmqError
-from workers.training.base_facts import LLM_TARGETS
 
 SEVERAL = "gpus"
 CONVERT = "convert"
@@ -91,9 +90,13 @@ class Session:
 
     @property
     def tutorial(self) -> Tutorial:
-        """With a warm-up of at least two iterations, fewer being none."""
-        iterations = self.row_count // Tutorial().batch_size
-        return Tutorial(warmup_ratio=max(0.1, 2.5 / iterations))
+        """The settings of this run."""
+        return _tutorial(self.row_count)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """transformers keeps copies of models' code by the name of their folder alone."""
+        return {"HF_MODULES_CACHE": str(self.folder / "modules")}
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -239,7 +242,7 @@ def _train(
             command,
             work,
             log,
-            environment=environment,
+            environment={**environment, **session.environment},
             gpus=session.gpus[:gpus],
             limit_s=session.clock.limit(_TRAINING_LIMIT_S),
         )
@@ -275,7 +278,8 @@ def _converted(
     log = session.folder / f"{name}.convert.log"
     with session.step(f"{name}: conversion"):
         began = time.monotonic()
-        with running(command, log, environment, session.gpus[:1]) as process:
+        variables = {**environment, **session.environment}
+        with running(command, log, variables, session.gpus[:1]) as process:
             process.wait(session.clock.limit(_CONVERSION_LIMIT_S))
         session.keep_log(log)
         assert process.returncode == 0, f"exit status {process.returncode}: {tail(log)}"
@@ -313,6 +317,11 @@ def _open(args: argparse.Namespace, folder: Path, clock: Clock, findings: Findin
             "no NVIDIA GPU is visible (nvidia-smi lists none); --dry trains a tiny model here"
         )
     gpus = args.gpus.split(",") if args.gpus else [str(number) for number in range(len(names))]
+    row_count = args.rows or (32 if args.dry else 160)
+    if row_count % 16 or row_count < 16:
+        raise ConfigurationError(
+            f"--rows {row_count}: write a multiple of 16, so that all batches are full"
+        )
     rows = args.only or [*ROWS, *_named(args.set)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".log").unlink(missing_ok=True)
@@ -321,8 +330,8 @@ def _open(args: argparse.Namespace, folder: Path, clock: Clock, findings: Findin
         out=args.out,
         rows=rows,
         gpus=gpus,
-        variants=_variants(rows, args.set, len(gpus)),
-        row_count=args.rows or (24 if args.dry else 160),
+        variants=_variants(rows, args.set, len(gpus), row_count),
+        row_count=row_count,
         clock=clock,
         findings=findings,
         about={
@@ -336,14 +345,23 @@ def _open(args: argparse.Namespace, folder: Path, clock: Clock, findings: Findin
     )
 
 
-def _variants(rows: Sequence[str], changes: Sequence[str], gpus: int) -> dict[str, Variant]:
+def _tutorial(rows: int) -> Tutorial:
+    """With a warm-up of at least two iterations, fewer being none."""
+    iterations = rows // Tutorial().batch_size
+    return Tutorial(warmup_ratio=max(Tutorial().warmup_ratio, 2.5 / iterations))
+
+
+def _variants(
+    rows: Sequence[str], changes: Sequence[str], gpus: int, row_count: int
+) -> dict[str, Variant]:
     """The rows of ours that are asked for, in the order in which they are measured.
 
     Raises: ConfigurationError.
     """
+    tutorial = _tutorial(row_count)
     known = {
         OURS: Variant(OURS),
-        CURVE: tuned.like_stock(LLM_TARGETS["internlm2"]),
+        CURVE: tuned.like_stock(tutorial, row_count // tutorial.batch_size),
         CACHED: Variant(CACHED, speed={"cached_features": True}),
         SEVERAL: Variant(SEVERAL, gpus=gpus),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from benchmarks.gpu.stock import SEED, Tutorial
 from benchmarks.gpu.training_data import Rows
 from shared.errors import ConfigurationError
 from shared.finetunes import Recipe
-from workers.training.base_facts import BaseFacts, read_base_facts
+from workers.training.base_facts import LLM_TARGETS, BaseFacts, read_base_facts
 from workers.training.config import (
     Hardware,
     Resolved,
@@ -122,12 +121,20 @@ def convert_command(folder: Path, config: Path, checkpoint: Path, model: Path) -
     return [sys.executable, "-m", "workers.training.convert", str(job)]
 
 
-def like_stock(language_targets: Sequence[str]) -> Variant:
-    """Stock's batches and targets with our speed: its losses are to be stock's.
+def like_stock(tutorial: Tutorial, iterations: int) -> Variant:
+    """Stock's batches, warm-up and targets with our speed: its losses are to be stock's.
 
     Left to itself xtuner puts LoRA on the head, too; by default we do not.
     """
-    return Variant("curve", micro=4, config={"llm_targets": [*language_targets, "output"]})
+    return Variant(
+        "curve",
+        micro=tutorial.batch_size,
+        config={
+            "llm_targets": [*LLM_TARGETS["internlm2"], "output"],
+            "warmup_iterations": int(tutorial.warmup_ratio * iterations),
+            "total_iterations": iterations,
+        },
+    )
 
 
 def _resolved(
