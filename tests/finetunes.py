@@ -64,7 +64,11 @@ def upload(stores: Stores, content: bytes, filename: str = "rows.jsonl") -> str:
 
 
 def create(
-    stores: Stores, *, content: bytes | None = None, data: dict[str, Any] | None = None, **recipe: Any
+    stores: Stores,
+    *,
+    content: bytes | None = None,
+    data: dict[str, Any] | None = None,
+    **recipe: Any,
 ) -> Finetune:
     """A job of a few dozen steps; ``recipe`` and ``data`` say otherwise."""
     file_id = upload(stores, rows() if content is None else content)
@@ -109,7 +113,11 @@ class Running:
         return {data["step"]: data["train_loss"] for data in found}
 
     def wait(
-        self, job_id: str, condition: Callable[[Finetune], bool], what: str, limit_s: float = LIMIT_S
+        self,
+        job_id: str,
+        condition: Callable[[Finetune], bool],
+        what: str,
+        limit_s: float = LIMIT_S,
     ) -> Finetune:
         """Wait until the job is so; fails at once if it has ended otherwise."""
 
@@ -155,9 +163,7 @@ class Running:
     def trainer_pid(self, job_id: str) -> int:
         """The trainer of a job."""
         supervisor = self.supervisor_pid(job_id)
-        [pid] = [
-            pid for pid in self._with("workers.training.trainer", job_id) if pid != supervisor
-        ]
+        [pid] = [pid for pid in self._with("workers.training.trainer", job_id) if pid != supervisor]
         return pid
 
     def processes(self, job_id: str) -> list[int]:

@@ -40,7 +40,7 @@ STEP_S = 0.05
 def install(folder: Path) -> Path:
     """Write the interpreter into ``folder``; answers its path."""
     script = folder / "python"
-    words = f'{sys.executable} {Path(__file__).absolute()} {folder}'
+    words = f"{sys.executable} {Path(__file__).absolute()} {folder}"
     script.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return script
