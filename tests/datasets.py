@@ -23,7 +23,7 @@ LENGTHS = RowLengths(TokenRules(Tiling(448, 1, 12, thumbnail=True), 256))
 MAX_ROW_BYTES = 1 << 20
 
 
-def jpeg(number: int, size: tuple[int, int] = (64, 48), **options: Any) -> bytes:
+def jpeg(number: int, size: tuple[int, int] = (48, 48), **options: Any) -> bytes:
     """A photograph's file; every ``number`` is another picture."""
     picture = Image.linear_gradient("L").resize(size).convert("RGB")
     picture.paste((number * 37 % 256, number * 11 % 256, number % 256), (0, 0, 16, 16))

@@ -195,6 +195,12 @@ BAD: list[tuple[str, Any, str, str | None]] = [
     ("llava", said(("human", "<image>?"), ("gpt", "!"), image=None), "image_missing", "image"),
     ("llava", said(("human", "<image>?"), ("gpt", "!"), image=""), "image_not_found", "image"),
     ("llava", said(("human", "<image>?"), ("gpt", "!"), image="a\0"), "image_not_found", "image"),
+    (
+        "llava",
+        said(("human", "<image>?"), ("gpt", "!"), image="a" * 5000),
+        "image_not_found",
+        "image",
+    ),
     ("llava", said(("gpt", "<image>"), ("human", "!"), image=None), "roles_out_of_order", None),
     ("llava", said(("human", "?"), ("gpt", "<image>"), image=None), "control_token", "turn 2"),
     ("llava", said(("Human", "?"), ("gpt", "!")), "unknown_role", "conversations[0].from"),
@@ -277,7 +283,7 @@ class TestDetection:
 
     @pytest.mark.parametrize("row", [b"{}", b"[]", b'{"prompt": "", "completion": ""}', b"\xff"])
     def test_none_says_what_is_known(self, row: bytes) -> None:
-        with pytest.raises(DatasetFormatUnclear, match="messages.*conversations.*choices"):
+        with pytest.raises(DatasetFormatUnclear, match=r"messages.*conversations.*choices"):
             detect([row], "validation_file")
 
     def test_lines_of_a_batch_are_told_apart(self) -> None:

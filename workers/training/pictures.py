@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -59,10 +60,13 @@ class PictureFolder:
         self._write(self._folder / name, found.data)
         return Picture(name, found.width, found.height, len(found.data))
 
-    def discard(self, name: str) -> None:
-        """Delete a stored image."""
+    def keep_only(self, is_used: Callable[[str], bool]) -> None:
+        """Delete the stored images that are not used, by name. Raises: StorageFailed."""
         with storage_errors(self._folder):
-            (self._folder / name).unlink(missing_ok=True)
+            for folder in list(os.scandir(self._folder)):
+                for file in list(os.scandir(folder)):
+                    if not is_used(f"{folder.name}/{file.name}"):
+                        os.unlink(file)
 
     def _write(self, path: Path, data: bytes) -> None:
         """Not synced: whoever makes the whole folder appear syncs all of it at once."""

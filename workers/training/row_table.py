@@ -33,6 +33,7 @@ create table images (
 create table good (
     id integer primary key, side text, key blob, tokens int, name text, held_out int default 0
 );
+create index by_name on good (name);
 """
 
 
@@ -211,10 +212,11 @@ class RowTable:
 
     def _good_rows(self, which: str) -> Iterator[GoodRow]:
         with scratch_errors(self._path):
+            # S608: `which` is one of the two texts above.
             for side, number, tokens, content, name, width, height, size in self._base.execute(
-                "select good.side, number, tokens, content, good.name, width, height, bytes"
+                "select good.side, number, tokens, content, good.name, width, height, bytes"  # noqa: S608
                 " from good join rows on good.id = rows.id left join images on image = address"
-                f" where {which}"  # noqa: S608 - one of two texts above
+                f" where {which}"
             ):
                 row = msgspec.msgpack.decode(content, type=Row)
                 picture = None if name is None else Picture(name, width, height, size)
@@ -248,14 +250,9 @@ class RowTable:
             ).fetchone()
         return int(found[0]), int(found[1])
 
-    def images_unused(self) -> Iterator[str]:
-        """The names of stored images that no usable row shows."""
-        with scratch_errors(self._path):
-            for (name,) in self._base.execute(
-                "select distinct name from images where name is not null"
-                " and name not in (select name from good where name is not null)"
-            ):
-                yield name
+    def uses(self, name: str) -> bool:
+        """Whether a usable row shows the stored image of this name."""
+        return self._number("select count(*) from good where name = ? limit 1", name) > 0
 
     def _number(self, query: str, *values: object) -> int:
         with scratch_errors(self._path):
