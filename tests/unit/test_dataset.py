@@ -610,7 +610,7 @@ class TestWholeOrAbsent:
         assert prepared(job, named(), folder=photos).usable == 12
 
 
-@pytest.mark.parametrize("mib", [1, 2, 3])
+@pytest.mark.parametrize("mib", [1, 2, 4])
 def test_a_disk_that_runs_full_is_its_own_error_and_the_next_run_goes_through(
     tmp_path: Path, job: Path, mib: int
 ) -> None:
@@ -624,7 +624,7 @@ def test_a_disk_that_runs_full_is_its_own_error_and_the_next_run_goes_through(
         noise.save(folder / f"{number}.jpg", quality=90)
     rows = [llava(f"{number}.jpg") for number in range(100)]
     for row in rows:
-        row["conversations"][1]["value"] = "x" * 15_000
+        row["conversations"][1]["value"] = "x" * 30_000
     path = write_lines(tmp_path / "rows.jsonl", rows)
     job.mkdir()
     options: dict[str, Any] = {"folder": folder, "max_length": 1 << 20}
