@@ -68,7 +68,7 @@ class EmptyFile(InvalidRequest):
 
 
 class FileInUse(InvalidRequest):
-    """The file is the input of a batch that has not finished; cancel the batch first."""
+    """A batch or fine-tune that has not finished reads this file; cancel that one first."""
 
     code = "file_in_use"
 
@@ -357,6 +357,54 @@ class ComparisonFailed(VlmqError):
     """The tuned model could not be compared with its base."""
 
     code = "comparison_failed"
+
+
+class ComparisonTimedOut(ComparisonFailed):
+    """The held-out rows were not answered in time; the job is paused, resume it to go on."""
+
+    code = "comparison_timed_out"
+
+
+class TrainingFailed(VlmqError):
+    """The fine-tune could not be finished; its checkpoints are kept."""
+
+    code = "training_failed"
+
+
+class TrainingCrashed(TrainingFailed):
+    """Training died too often without getting any further; its log says why."""
+
+    code = "training_crashed"
+
+
+class LossBad(TrainingFailed):
+    """The loss is no number or went up for good; try a lower learning rate."""
+
+    code = "loss_bad"
+
+
+class TrainingDataGone(TrainingFailed):
+    """The job's own copy of its data was removed while it ran; create the job again."""
+
+    code = "training_data_gone"
+
+
+class BaseModelGone(TrainingFailed):
+    """The base model was removed while it was being tuned; link it again and create a new job."""
+
+    code = "base_model_gone"
+
+
+class ConversionFailed(TrainingFailed):
+    """The checkpoint could not be turned into a model's folder."""
+
+    code = "conversion_failed"
+
+
+class TrainingConfigInvalid(InvalidRequest):
+    """The configuration cannot be used for training."""
+
+    code = "training_config_invalid"
 
 
 # --- the ground gave way ----------------------------------------------------------------------

@@ -111,6 +111,7 @@ def write_llava(out: Path) -> None:
         projection_dim=256,
     )
     text = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
         hidden_size=512,
         intermediate_size=1024,
         num_hidden_layers=2,
@@ -165,6 +166,7 @@ def write_internvl3(out: Path) -> None:
         extra_special_tokens=dict(zip(roles, _INTERNVL_TOKENS, strict=True)),
     )
     text = Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
         hidden_size=512,
         intermediate_size=1024,
         num_hidden_layers=2,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from shared.errors import ComparisonFailed, NotFound
+from shared.errors import ComparisonFailed, ComparisonTimedOut, NotFound
 from shared.finetunes import Finetune
 from shared.jobs import TERMINAL, Batch, BatchState
 from shared.storage import atomic_file, read_json, storage_errors, write_bytes, write_json
@@ -77,7 +77,8 @@ def compare(
     ``tuned_name`` must be in the registry, as a candidate. ``keep_going`` is called often and may
     raise to stop; ``tell`` is told what is waited for.
 
-    Raises: ComparisonFailed if a model is not served in time or the tuned one does not answer.
+    Raises: ComparisonTimedOut if a model is not served or does not answer in time, ComparisonFailed if
+    the tuned one answers nothing.
     """
     rows = read_held_out(folder, job.data.max_compared)
     if not rows:
@@ -175,7 +176,7 @@ class _Asking:
             served = self._stores.presence.obtainable(model)
             self._tell(None if served else f"a node that serves {model}")
             if time.monotonic() > self._until:
-                raise ComparisonFailed(_too_slow(model, batch, served=served))
+                raise ComparisonTimedOut(_too_slow(model, batch, served=served))
             time.sleep(POLL_S)
 
     def _read(self, batch: Batch) -> Iterator[tuple[int, _Answer]]:
