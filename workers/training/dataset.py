@@ -372,10 +372,8 @@ class _Preparation:
     def _split(self, table: RowTable) -> set[bytes]:
         if self._inputs.validation is not None:
             return set()
-        wanted = target(
-            table.count("training"), self._source.held_out_share, self._source.max_held_out
-        )
-        return choose(table.groups(self._seed), wanted) if wanted else set()
+        wanted = target(table.count("training"), self._source.held_out_share)
+        return choose(table.groups(self._seed), wanted, self._source.max_held_out)
 
     def _write(self, table: RowTable) -> DataReport:
         pictures = PictureFolder(self._scratch / IMAGES, self._limits.images)
