@@ -45,6 +45,9 @@ class StorageSettings(_Section):
     """Uploaded files are deleted after this many days, unless a live batch needs them."""
     keep_batches_days: float | None = None
     """Finished batches and their output files are deleted after this many days."""
+    keep_finetunes_days: float | None = None
+    """Fine-tunes that ended are deleted after this many days, with checkpoints and result files,
+    but not one that a registered model came of."""
 
 
 class RedisSettings(_Section):
@@ -195,9 +198,7 @@ class NodeSettings(_Section):
     name: str = Field(default_factory=socket.gethostname)
     run_id: str = ""
     """Set by the node for its children, so that its reaper may judge which of them are dead."""
-    roles: tuple[
-        Literal["api", "redis", "chat", "batch", "engines", "reaper", "finetune"], ...
-    ] = (
+    roles: tuple[Literal["api", "redis", "chat", "batch", "engines", "reaper", "finetune"], ...] = (
         "api",
         "redis",
         "chat",

@@ -11,6 +11,7 @@ token that counts sees it.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 import types
@@ -29,7 +30,8 @@ from workers.training.samples import StrictSamples
 _LANGUAGE_ATTENTION = frozenset({"InternLM2Attention", "InternLM2FlashAttention2"})
 _VISION_ATTENTION = "InternAttention"
 _LANGUAGE_DECODER = "InternLM2Model"
-_MASK_MAKER = "_prepare_decoder_attention_mask"
+_MASK_MAKERS = ("_prepare_decoder_attention_mask", "_update_causal_mask")
+"""Of the code that InternVL2-2B was published with, and of InternLM2.5's, which others carry."""
 
 
 class SpeedHook(Hook):  # type: ignore[misc]
@@ -76,8 +78,10 @@ def use_sdpa(model: nn.Module) -> int:
             module.forward = types.MethodType(_language_attention, module)
         elif name == _VISION_ATTENTION:
             module.forward = types.MethodType(_vision_attention, module)
-        elif name == _LANGUAGE_DECODER and hasattr(module, _MASK_MAKER):
-            setattr(module, _MASK_MAKER, _no_mask)
+        elif name == _LANGUAGE_DECODER:
+            for maker in _MASK_MAKERS:
+                if hasattr(module, maker):
+                    setattr(module, maker, _no_mask)
             continue
         else:
             continue
@@ -140,7 +144,7 @@ def _language_attention(
     query = groups[..., :-2, :].flatten(2, 3).transpose(1, 2)
     key = groups[..., -2, :].transpose(1, 2)
     value = groups[..., -1, :].transpose(1, 2)
-    cosine, sine = self.rotary_emb(value, seq_len=key.shape[-2])
+    cosine, sine = _angles(self.rotary_emb, value, position_ids)
     # The way of turning is part of the checkpoint's own code.
     rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
     query, key = rotate(query, key, cosine, sine, position_ids)
@@ -148,6 +152,14 @@ def _language_attention(
         query, key, value, is_causal=True, enable_gqa=self.num_key_value_groups > 1
     )
     return self.wo(seen.transpose(1, 2).flatten(2)), None, None
+
+
+def _angles(rotary: nn.Module, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines: of every position in InternVL2-2B's code, of those given in InternLM2.5's."""
+    named = inspect.signature(rotary.forward).parameters
+    if "position_ids" in named:
+        return rotary(value, positions)  # type: ignore[no-any-return]
+    return rotary(value, seq_len=value.shape[-2])  # type: ignore[no-any-return]
 
 
 def _vision_attention(self: Any, hidden_states: Tensor) -> Tensor:
