@@ -24,10 +24,11 @@ from shared.finetune_folder import FinetuneFolder
 from shared.finetune_store import STEP_SECONDS, FinetuneLease, FinetuneStore, NewEvent
 from shared.finetunes import Progress
 from shared.log import get_logger
+from workers.keeper import until_answered
 from workers.logfiles import tail
 from workers.training.holding import Draining, Holding, StopWanted
 from workers.training.job_folder import JobFolder
-from workers.training.orders import RUN, Run, TrainerExit, read_order, read_verdict
+from workers.training.orders import TrainerExit, read_verdict
 from workers.training.process import Ending, TrainingProcess
 from workers.training.progress import Metric, ProgressReader
 from workers.training.saved import SavedCheckpoint, checkpoints
@@ -93,11 +94,10 @@ class Attempt:
         self._resumed = resumed
         self._attempts = lease.attempts
         self._reader = ProgressReader(self._work, after_step=resumed.step if resumed else 0)
-        self._untold: list[Metric] = []
+        self._untold = self._left_untold()
         self._known: set[int] = set()
         self._dirty = False
         self._progress: Progress | None = None
-        self._run: Run | None = None
 
     def run(self, process: TrainingProcess) -> SavedCheckpoint:
         """Watch it to its end.
@@ -105,6 +105,24 @@ class Attempt:
         Raises: LeaseLost, StopWanted or Draining once it has stopped for that reason; Postponed if
         another attempt may do better; LossBad, TrainingCrashed and what ``why_broken`` says if not.
         """
+        try:
+            stopped = self._watch(process)
+        except BaseException:
+            # Whatever is wrong with the watching, nothing may train unwatched.
+            process.stop()
+            while not process.ended():
+                time.sleep(POLL_S)
+            process.status()
+            raise
+        ending = process.status()
+        if isinstance(stopped, LeaseLost):
+            raise stopped
+        self._look()
+        until_answered(self._send, self._holding.check_held)
+        return self._judge(ending, stopped)
+
+    def _watch(self, process: TrainingProcess) -> VlmqError | None:
+        """Until it has ended; answers why it was asked to stop, if it was."""
         stopped: VlmqError | None = None
         tell_at = time.monotonic()
         while not process.ended():
@@ -113,11 +131,7 @@ class Attempt:
                 self._tell()
                 tell_at = time.monotonic() + TELL_S
             time.sleep(POLL_S)
-        ending = process.status()
-        if isinstance(stopped, LeaseLost):
-            raise stopped
-        self._tell()
-        return self._judge(ending, stopped)
+        return stopped
 
     def _stop_if_asked(self, process: TrainingProcess) -> VlmqError | None:
         try:
@@ -143,6 +157,18 @@ class Attempt:
             log.info("progress_untold", job_id=self._lease.job_id, metrics=len(self._untold))
         except (StorageFull, StorageFailed) as error:
             log.warning("progress_untold", job_id=self._lease.job_id, error=error.message)
+
+    def _left_untold(self) -> list[Metric]:
+        """What earlier attempts did up to where this one begins, and nobody lived to tell."""
+        if self._resumed is None:
+            return []
+        told, found = self._lease.job.progress.step, dict[int, Metric]()
+        for work in self._folder.attempts():
+            if work != self._work:
+                for metric in ProgressReader(work, after_step=told).new():
+                    if metric.step <= self._resumed.step:
+                        found[metric.step] = metric
+        return [found[step] for step in sorted(found)]
 
     def _look(self) -> None:
         new = self._reader.new()
@@ -184,8 +210,9 @@ class Attempt:
             "samples_per_s": round(metric.samples_per_s, 4),
             "eta_s": round(metric.eta_s, 1),
         }
-        if metric.samples_per_s > 0:
-            data[STEP_SECONDS] = self._samples_per_step() / metric.samples_per_s
+        left = metric.total_steps - metric.step
+        if left > 0:
+            data[STEP_SECONDS] = metric.eta_s / left
         shown = "no number" if metric.loss is None else f"{metric.loss:.4f}"
         return NewEvent(
             f"Step {metric.step}/{metric.total_steps}: training loss {shown}",
@@ -199,21 +226,17 @@ class Attempt:
         asked = FinetuneFolder(self._folder.path).conversions()
         return [one.step for one in asked if one.model is None and one.error is None]
 
-    def _samples_per_step(self) -> int:
-        if self._run is None:
-            self._run = read_order(self._work / RUN, Run)
-        return self._run.samples_per_step
-
     # --- how it ended ---
 
     def _judge(self, ending: Ending, stopped: VlmqError | None) -> SavedCheckpoint:
         found = checkpoints(self._work)
         last = found[-1] if found else self._resumed
-        if ending.status == TrainerExit.TRAINED and found:
-            self._folder.write_trained(found[-1])
+        if ending.status == TrainerExit.TRAINED and self._folder.is_last(last):
+            assert last is not None
+            self._folder.write_trained(last)
             if stopped is not None:
                 raise stopped
-            return found[-1]
+            return last
         if stopped is not None:
             raise stopped
         if ending.status == TrainerExit.STOPPED:
@@ -245,7 +268,7 @@ class Attempt:
             return broken
         words = f"training died ({ending.words})"
         if ending.status == TrainerExit.TRAINED:
-            words = "training ended without a checkpoint"
+            words = "training ended before its last step"
         quoted = quote(self._log_file)
         if self._attempts + 1 >= self._limits.max_attempts:
             return TrainingCrashed(
