@@ -237,6 +237,16 @@ class TestWhereImagesAre:
 
 
 class TestImagesAreVerified:
+    def test_what_happens_to_the_originals_later_does_not_matter(
+        self, job: Path, photos: Path
+    ) -> None:
+        prepared(job, named(), folder=photos, held_out_share=0)
+        for path in photos.iterdir():
+            path.write_bytes(b"")
+            path.unlink()
+        for row in rows_of(job, "train"):
+            image_of(job, row).load()
+
     def test_what_xtuner_would_replace_by_another_row_is_dropped(
         self, job: Path, photos: Path
     ) -> None:
