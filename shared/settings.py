@@ -195,9 +195,7 @@ class NodeSettings(_Section):
     name: str = Field(default_factory=socket.gethostname)
     run_id: str = ""
     """Set by the node for its children, so that its reaper may judge which of them are dead."""
-    roles: tuple[
-        Literal["api", "redis", "chat", "batch", "engines", "reaper", "finetune"], ...
-    ] = (
+    roles: tuple[Literal["api", "redis", "chat", "batch", "engines", "reaper", "finetune"], ...] = (
         "api",
         "redis",
         "chat",

@@ -106,9 +106,7 @@ def resolve(
     trained = trained_parameters(recipe, base)
     batch = _batch(recipe, rows, processes)
     per_process = batch // processes
-    tokens = min(
-        longest_tokens or base.max_tiles * base.tokens_per_tile + 256, recipe.max_length
-    )
+    tokens = min(longest_tokens or base.max_tiles * base.tokens_per_tile + 256, recipe.max_length)
     checkpointing, most = _memory(recipe, base, hardware, trained, tokens, per_process)
     micro = max(size for size in range(1, most + 1) if per_process % size == 0)
     steps_per_epoch = math.ceil(rows / batch)
@@ -298,9 +296,7 @@ def _check(recipe: Recipe, rows: int, base: BaseFacts, hardware: Hardware) -> No
         _refuse("lora_targets", 'nothing is to be tuned; name "llm", "vit" or both')
     if recipe.keep_checkpoints < MIN_KEPT:
         _refuse("keep_checkpoints", f"at least {MIN_KEPT} are kept while training")
-    if recipe.batch_size is not None and (
-        recipe.batch_size < 1 or recipe.batch_size % processes
-    ):
+    if recipe.batch_size is not None and (recipe.batch_size < 1 or recipe.batch_size % processes):
         _refuse("batch_size", f"{recipe.batch_size} is no multiple of the {processes} GPUs")
     for name in ("n_epochs", "save_every", "lora_rank", "lora_alpha", "max_length"):
         value = getattr(recipe, name)

@@ -6,20 +6,26 @@ for rounding. Right-padded batches need no mask under a causal order: padding co
 token that counts sees it.
 """
 
+# Functions that take a method's place have its signature.
+# ruff: noqa: ARG001, FBT001, FBT002
+
 from __future__ import annotations
 
 import inspect
 import sys
+import time
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.hooks import Hook
 from torch import Tensor, nn
 from torch.nn import functional
 
+from workers.training.features import can_cache, fill_cache, read_features_only
 from workers.training.orders import Speed
+from workers.training.samples import StrictSamples
 
 _LANGUAGE_ATTENTION = frozenset({"InternLM2Attention", "InternLM2FlashAttention2"})
 _VISION_ATTENTION = "InternAttention"
@@ -28,7 +34,7 @@ _MASK_MAKERS = ("_prepare_decoder_attention_mask", "_update_causal_mask")
 """Of the code that InternVL2-2B was published with, and of InternLM2.5's, which others carry."""
 
 
-class SpeedHook(Hook):
+class SpeedHook(Hook):  # type: ignore[misc]
     """Applies what was chosen, once the model is loaded and wrapped."""
 
     priority = "VERY_HIGH"
@@ -41,10 +47,26 @@ class SpeedHook(Hook):
         model = runner.model.module
         replaced = use_sdpa(model) if self._speed.attention == "sdpa" else 0
         set_checkpointing(model, on=self._speed.gradient_checkpointing)
+        self._cache_features(runner, model)
         runner.logger.info(
-            f"Attention of PyTorch in {replaced} modules; "
-            f"gradient checkpointing {'on' if self._speed.gradient_checkpointing else 'off'}"
+            "PyTorch's attention in %d modules; gradient checkpointing %s",
+            replaced,
+            "on" if self._speed.gradient_checkpointing else "off",
         )
+
+    def _cache_features(self, runner: Any, model: nn.Module) -> None:
+        folder = self._speed.cached_features
+        loader = runner.train_dataloader
+        if folder is None or not isinstance(loader.dataset, StrictSamples):
+            return
+        if not can_cache(model):
+            runner.logger.warning("The ViT is trained or drops at random: no features are cached")
+            return
+        started = time.monotonic()
+        cache = fill_cache(model, loader.dataset, Path(folder), loaders=loader.num_workers)
+        loader.dataset.features = cache
+        read_features_only(model)
+        runner.logger.info("Features are cached after %.1f s", time.monotonic() - started)
 
 
 def use_sdpa(model: nn.Module) -> int:
@@ -67,7 +89,7 @@ def use_sdpa(model: nn.Module) -> int:
     return count
 
 
-def set_checkpointing(model: nn.Module, *, on: bool) -> None:
+def set_checkpointing(model: Any, *, on: bool) -> None:
     """Turn gradient checkpointing of both towers on or off.
 
     The published ViT checkpoints by torch's reentrant way, which gives no gradients at all when its
@@ -94,9 +116,9 @@ def _embeddings(vision: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _require_gradient(module: nn.Module, given: Any, out: Tensor) -> None:
+def _require_gradient(module: nn.Module, given: Any, out: Any) -> None:
     if not out.requires_grad:
-        out.requires_grad_(requires_grad=True)
+        out.requires_grad_()
 
 
 def _no_mask(*given: Any, **named: Any) -> None:
@@ -109,8 +131,8 @@ def _language_attention(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     past_key_value: Any = None,
-    output_attentions: bool = False,  # noqa: FBT001, FBT002 - the published signature
-    use_cache: bool = False,  # noqa: FBT001, FBT002
+    output_attentions: bool = False,
+    use_cache: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, None, None]:
     """``[b, n, hidden]`` to the same shape; for training, so without a past."""
@@ -124,7 +146,7 @@ def _language_attention(
     value = groups[..., -1, :].transpose(1, 2)
     cosine, sine = _angles(self.rotary_emb, value, position_ids)
     # The way of turning is part of the checkpoint's own code.
-    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
     query, key = rotate(query, key, cosine, sine, position_ids)
     seen = functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, enable_gqa=self.num_key_value_groups > 1
@@ -145,15 +167,12 @@ def _vision_attention(self: Any, hidden_states: Tensor) -> Tensor:
     query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
     if self.qk_normalization:
         query, key = self.q_norm(query), self.k_norm(key)
-    heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value)]
+    heads = [
+        part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value)
+    ]
     dropout = self.attn_drop.p if self.training else 0.0
     seen = functional.scaled_dot_product_attention(
         heads[0], heads[1], heads[2], dropout_p=dropout, scale=self.scale
     )
     out: Tensor = self.proj_drop(self.proj(seen.transpose(1, 2).flatten(2)))
     return out
-
-
-def peak_memory_bytes() -> int | None:
-    """The most that this process ever held on its GPU; None without one."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -56,9 +56,9 @@ def prepare_imports() -> None:
     if "datasets" not in sys.modules:
         _leave_out("datasets")  # half a second, for data sets that are not used here
     if torch.version.cuda is None and "torchvision" not in sys.modules:
-        library = torch.library.Library("torchvision", "DEF")
+        library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         for schema in _VISION_OPS:
-            library.define(schema)
+            library.define(schema)  # type: ignore[no-untyped-call]
         _libraries.append(library)
 
 

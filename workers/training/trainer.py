@@ -18,7 +18,6 @@ from workers.training.orders import TrainerJob, read_order
 from workers.training.stopping import StopRequest
 
 
-
 def main(arguments: list[str]) -> None:
     """Command line. Ends by SystemExit unless training went to its end."""
     if len(arguments) != 1:
@@ -87,7 +86,7 @@ def provide_base(base: Path, model_path: Path) -> None:
 
 def _link_weights(source: str, target: str) -> str:
     if source.endswith(".safetensors"):
-        os.symlink(Path(source).resolve(), target)
+        Path(target).symlink_to(Path(source).resolve())
         return target
     return shutil.copyfile(source, target)
 
