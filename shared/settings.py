@@ -45,6 +45,9 @@ class StorageSettings(_Section):
     """Uploaded files are deleted after this many days, unless a live batch needs them."""
     keep_batches_days: float | None = None
     """Finished batches and their output files are deleted after this many days."""
+    keep_finetunes_days: float | None = None
+    """Fine-tunes that ended are deleted after this many days, with checkpoints and result files,
+    but not one that a registered model came of."""
 
 
 class RedisSettings(_Section):

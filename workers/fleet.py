@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from shared.models import ModelRecord
 from shared.presence import ReplicaReport
@@ -18,11 +19,12 @@ from workers.inference.engines.standby import Standby
 from workers.inference.engines.wire import socket_path
 from workers.inference.suspects import engines_lock, in_use
 from workers.lookout import Lookout
-from workers.placement import Placement, Seat
+from workers.placement import Placement, Seat, place_like
 from workers.processes import Child, Program, State
 from workers.pulse import Pulse, Target
 from workers.residency import Limits, Standing
 from workers.served_model import Replica, ServedModel, Surroundings
+from workers.serving import Served, serve_now
 
 PLAN_EVERY_S = 0.25
 IDLE_S = 2.0
@@ -46,6 +48,7 @@ class Fleet:
         make_program: MakeProgram,
         tell: Callable[[Child], None],
         say: Callable[[str], object],
+        changed: Callable[[], object] = lambda: None,
     ) -> None:
         self._settings = settings
         self._make_program = make_program
@@ -53,7 +56,10 @@ class Fleet:
         self._limits = Limits(settings.node.max_model_wait_s, settings.node.min_resident_s)
         self._pulse = Pulse()
         self._plan_at_s = 0.0
-        around = Surroundings(
+        self._say = say
+        self._changed = changed
+        self._placed = {placement.entry.model: placement for placement in placements}
+        self._around = Surroundings(
             make_child=self._make_child,
             may_load=self._may_load,
             has_room=self._has_room,
@@ -61,22 +67,10 @@ class Fleet:
             say=say,
             give_work_s=settings.api.request_timeout_s,
         )
-        self.models = [
-            ServedModel(
-                placement,
-                records[placement.entry.model],
-                around,
-                Standby(settings.run_dir, placement.entry.model),
-            )
-            for placement in placements
-        ]
-        self._lookout = Lookout(settings, [m.name for m in self.models if m.on_demand])
-        for model in self.models:
-            # An earlier run may have been killed while the model was unloaded.
-            if model.on_demand:
-                model.standby.begin()
-            else:
-                model.standby.end()
+        self.models: list[ServedModel] = []
+        self._lookout = Lookout(settings, records)
+        self._records: Mapping[str, ModelRecord] | None = None
+        self._renew()
 
     # --- what the node sees ---
 
@@ -111,10 +105,11 @@ class Fleet:
         now_s = time.monotonic()
         if now_s >= self._plan_at_s:
             self._plan_at_s = now_s + PLAN_EVERY_S
-            self._renew_records()
+            self._renew()
             self._plan(now_s)
         for model in self.models:
             model.tick()
+        self._drop()
 
     def tick_children(self) -> None:
         """While the node stops: start again what dies, but load and replace nothing."""
@@ -134,6 +129,8 @@ class Fleet:
     # --- what models ask for ---
 
     def _make_child(self, entry: ServeSettings, seat: Seat, record: ModelRecord) -> Child:
+        # A model that was linked anew may have another engine than its entry had.
+        entry = entry.model_copy(update={"engine": record.engine})
         program = self._make_program(entry, seat, record, lambda: self._may_load(seat))
         return Child(program, self._tell)
 
@@ -159,12 +156,58 @@ class Fleet:
 
     # --- residency ---
 
-    def _renew_records(self) -> None:
+    def _renew(self) -> None:
+        """Serve what the registry says now."""
         records = self._lookout.records
+        if records == self._records:
+            return
+        self._records = records
+        served = serve_now(self._settings.node.serve, records)
         for model in self.models:
-            # One that was removed goes on as it is: requests for it are refused elsewhere.
-            if model.name in records:
-                model.renew(records[model.name])
+            if model.name in served and not model.dismissed:
+                one = served[model.name]
+                model.placement = replace(model.placement, entry=one.entry)
+                model.renew(one.build)
+            elif not model.dismissed:
+                model.dismiss("it is not served here any more")
+        present = {model.name for model in self.models}
+        self.models = [
+            *self.models,
+            *(self._newcomer(one) for name, one in served.items() if name not in present),
+        ]
+        self._lookout.watch(model.name for model in self.models if model.on_demand)
+        self._changed()
+
+    def _newcomer(self, one: Served) -> ServedModel:
+        placement = self._placed.get(one.name) or place_like(one.entry, self._placed.get(one.root))
+        standby = Standby(self._settings.run_dir, one.name)
+        model = ServedModel(
+            replace(placement, entry=one.entry),
+            one.build,
+            self._around,
+            standby,
+            eager=one.eager,
+            tuned=one.tuned,
+        )
+        # An earlier run may have been killed while the model was unloaded.
+        if model.on_demand:
+            standby.begin()
+        else:
+            standby.end()
+        return model
+
+    def _drop(self) -> None:
+        """Forget models that have left for good; one that was linked again begins anew."""
+        left = [model for model in self.models if model.dropped]
+        if not left:
+            return
+        for model in left:
+            # A chunk that was claimed too late is given up at once, not when no engine has come.
+            model.standby.begin()
+            self._say(f"  {model.name} is not served any more")
+        self.models = [model for model in self.models if not model.dropped]
+        self._records = None
+        self._changed()
 
     def _plan(self, now_s: float) -> None:
         standings = [self._standing(model, now_s) for model in self.models]
@@ -195,6 +238,8 @@ class Fleet:
             wanted_since_s=model.wanted_since_s,
             may_load=model.may_load,
             may_leave=not model.changing,
+            eager=model.eager,
+            tuned=model.tuned,
         )
 
     def _works(self, model: ServedModel) -> bool:

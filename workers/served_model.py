@@ -124,6 +124,12 @@ class ServedModel:
     loaded_at_s: float = 0.0
     used_at_s: float = 0.0
     wanted_since_s: float | None = None
+    eager: bool = False
+    """Loaded without being asked for, where there is room."""
+    tuned: bool = False
+    """Served because its base is."""
+    dismissed: bool = False
+    """Not to be served any more."""
     trouble: str = ""
     """Why the model, or its newest revision, is not loaded."""
     _good: ModelRecord | None = None
@@ -153,6 +159,8 @@ class ServedModel:
         """How the planner sees it: a model that is being replaced keeps its place."""
         if self.stage is Stage.UNLOADED:
             return Residence.UNLOADED
+        if self.dismissed:
+            return Residence.LEAVING
         if self.stage is Stage.LOADED:
             return Residence.LOADED
         if self.stage is Stage.LOADING or self._next is not None:
@@ -162,7 +170,7 @@ class ServedModel:
     @property
     def may_load(self) -> bool:
         """Whether loading is worth a try."""
-        return time.monotonic() >= self._retry_at_s
+        return not self.dismissed and time.monotonic() >= self._retry_at_s
 
     @property
     def changing(self) -> bool:
@@ -172,6 +180,8 @@ class ServedModel:
     @property
     def obtainable(self) -> bool:
         """Whether a request that comes now may expect an engine soon, if none is ready."""
+        if self.dismissed:
+            return False
         if self.changing:
             return True
         if self.stage is Stage.UNLOADED:
@@ -213,6 +223,22 @@ class ServedModel:
         self.standby.begin()
         self._retire_by_s = time.monotonic() + self.around.give_work_s
         self.stage = Stage.RETIRING
+
+    def dismiss(self, why: str) -> None:
+        """Begin to leave for good, work in hand first; ``dropped`` says when that is done."""
+        self.dismissed = True
+        if self.stage is Stage.LOADED:
+            self.retire(why)
+            return
+        self._abandon_change()
+        if self.stage is Stage.LOADING:
+            self._why = why
+            self._stop_replicas()
+
+    @property
+    def dropped(self) -> bool:
+        """Whether nothing is left of a model that was dismissed."""
+        return self.dismissed and self.stage is Stage.UNLOADED
 
     def renew(self, record: ModelRecord) -> None:
         """The registry's record is this now."""

@@ -129,14 +129,24 @@ def test_replicas_share_a_gpu_by_what_each_may_hold(
     assert found == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize(("share", "free_gib"), [(0.05, 80), (0.5, 12)])
-def test_a_share_that_cannot_hold_the_model_is_refused_with_the_figures(
-    share: float, free_gib: int
-) -> None:
+def test_a_share_that_cannot_hold_the_model_is_refused_with_the_figures() -> None:
     """Before anything is loaded."""
-    memory = GpuMemory(80 * GIB, free_gib * GIB, 12 * GIB)
+    memory = GpuMemory(80 * GIB, 80 * GIB, 12 * GIB)
     with pytest.raises(EngineSetupFailed, match=r"12\.0 GiB.*memory_share"):
-        cache_share(Options(), EngineSpec("m", memory_share=share), memory)
+        cache_share(Options(), EngineSpec("m", memory_share=0.05), memory)
+
+
+@pytest.mark.parametrize("given", [None, 0.95])
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_a_gpu_without_room_for_the_weights_is_refused_whatever_was_set(
+    share: float | None, given: float | None
+) -> None:
+    """TurboMind would abort its process instead of saying so."""
+    memory = GpuMemory(80 * GIB, 3 * GIB, 12 * GIB)
+    with pytest.raises(EngineSetupFailed, match=r"12\.0 GiB.*3\.0 GiB"):
+        cache_share(
+            Options(cache_max_entry_count=given), EngineSpec("m", memory_share=share), memory
+        )
 
 
 def test_temperature_zero_takes_the_likeliest_token_and_keeps_the_penalty() -> None:

@@ -1,1 +1,1 @@
-"""Fine-tunes: from rows and images to a tuned model in its official folder."""
+"""Fine-tuning: data in, xtuner run, progress out, the tuned model compared and registered."""

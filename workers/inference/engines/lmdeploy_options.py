@@ -121,6 +121,8 @@ def cache_share(options: Options, spec: EngineSpec, memory: GpuMemory | None) ->
     lmdeploy measures what is free itself; so that several replicas can share a GPU, each is told
     the part of it that makes its whole use its ``memory_share``. Raises: EngineSetupFailed.
     """
+    if memory is not None:
+        _require_room(memory)
     if options.cache_max_entry_count is not None:
         return options.cache_max_entry_count
     if spec.memory_share is None or memory is None:
@@ -128,7 +130,7 @@ def cache_share(options: Options, spec: EngineSpec, memory: GpuMemory | None) ->
     budget = spec.memory_share * memory.total
     cache = budget - memory.weights - max(MIN_RESERVE_BYTES, RESERVE_SHARE * budget)
     left = memory.free - memory.weights
-    if cache < MIN_CACHE_BYTES or left < MIN_CACHE_BYTES:
+    if cache < MIN_CACHE_BYTES:
         raise EngineSetupFailed(
             f"the model's weights take {_gib(memory.weights)} of the {_gib(budget)} that this "
             f"replica may use ({_gib(memory.free)} of the GPU's {_gib(memory.total)} are free), "
@@ -136,6 +138,15 @@ def cache_share(options: Options, spec: EngineSpec, memory: GpuMemory | None) ->
             "on this GPU, or raise tp"
         )
     return round(min(MAX_CACHE_SHARE, cache / left), 4)
+
+
+def _require_room(memory: GpuMemory) -> None:
+    """Refuse what cannot be loaded: TurboMind would not say so, its process would abort."""
+    if memory.free - memory.weights < MIN_CACHE_BYTES:
+        raise EngineSetupFailed(
+            f"the model's weights take {_gib(memory.weights)}, and {_gib(memory.free)} of the "
+            f"GPU's {_gib(memory.total)} are free; end what else runs on the GPU, or raise tp"
+        )
 
 
 def _gib(size_bytes: float) -> str:
