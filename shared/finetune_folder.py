@@ -73,6 +73,10 @@ class FinetuneFolder:
         self.write_event(event)
         write_json(self.path / "job.json", spec)
 
+    def exists(self) -> bool:
+        """Whether the job was created; ``job.json`` is what makes it exist."""
+        return (self.path / "job.json").exists()
+
     def spec(self) -> FinetuneSpec | None:
         """What was asked for; ``None`` if the creation was never finished."""
         value = read_json(self.path / "job.json")
