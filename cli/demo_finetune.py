@@ -128,7 +128,7 @@ def _state(job: FineTuningJob) -> str:
 def show_comparison(sdk: openai.OpenAI, job: FineTuningJob, shown: int) -> None:
     """Print what base and tuned model said about rows that were held out."""
     for file_id in job.result_files:
-        if sdk.files.retrieve(file_id).filename != "comparison.jsonl":
+        if not sdk.files.retrieve(file_id).filename.endswith("comparison.jsonl"):
             continue
         lines = sdk.files.content(file_id).text.splitlines()
         click.echo(f"\ncomparison.jsonl: {len(lines)} held-out rows")

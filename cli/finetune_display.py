@@ -51,7 +51,7 @@ class BarDisplay:
             description=state_words(job),
             total=progress["total_steps"] or None,
             completed=progress["step"],
-            figures=figures(progress),
+            figures=figures(job),
         )
 
 
@@ -72,7 +72,7 @@ class PlainDisplay:
             return
         self._words, self._step, self._next_at = words, step, now + PLAIN_LINE_S
         line = f"{words} {steps(progress)}" if progress["total_steps"] else words
-        note(", ".join(part for part in (line, figures(progress)) if part))
+        note(", ".join(part for part in (line, figures(job)) if part))
 
 
 def state_words(job: Json) -> str:
@@ -91,16 +91,18 @@ def steps(progress: Json) -> str:
     return f"{progress['step']}/{progress['total_steps']}"
 
 
-def figures(progress: Json) -> str:
-    """Loss, learning rate, speed and the time left, as far as they are known."""
+def figures(job: Json) -> str:
+    """Loss and learning rate as far as they are known; speed and time left while it trains."""
+    progress = job["vlmq"]["progress"]
+    trains = job["status"] == "running" and job["vlmq"]["stage"] == "train"
     found = []
     if progress["loss"] is not None:
         found.append(f"loss {progress['loss']:.4f}")
     if progress["learning_rate"] is not None:
         found.append(f"lr {progress['learning_rate']:.2e}")
-    if progress["samples_per_s"] is not None:
+    if trains and progress["samples_per_s"] is not None:
         found.append(f"{progress['samples_per_s']:,.1f} samples/s")
-    if progress["eta_s"] is not None:
+    if trains and progress["eta_s"] is not None:
         found.append(f"{duration(progress['eta_s'])} left")
     return "  ".join(found)
 

@@ -372,17 +372,8 @@ class FinetuneStore:
                 "ft_give_back", lease.job_id, lease.step, lease.token, delay_ms, int(counts)
             )
         else:
-            record = self._own(lease)
-            attempts = record.attempts + int(counts)
-            goes_back = record.state == FinetuneState.RUNNING
-            to = FinetuneState.QUEUED if goes_back else None
-            changed = msgspec.structs.replace(
-                record, state=to or record.state, waiting_for=waiting_for, attempts=attempts
-            )
-            event = NewEvent(message or "Interrupted; it goes on from its last checkpoint", level)
-            events = [_stored(event, key=f"released:{lease.token}")] if message or to else []
             try:
-                self._update(lease, changed, events, to=to, lets_go=True, delay_ms=delay_ms)
+                self._release_job(lease, delay_ms, waiting_for, message, level, counts=counts)
             except LeaseLost:
                 log.info("lease_was_lost", job_id=lease.job_id, token=lease.token)
         self._announce()
@@ -521,6 +512,28 @@ class FinetuneStore:
             self._hand_back(lease)
             raise
         return lease
+
+    def _release_job(
+        self,
+        lease: FinetuneLease,
+        delay_ms: int,
+        waiting_for: str | None,
+        message: str | None,
+        level: EventLevel,
+        *,
+        counts: bool,
+    ) -> None:
+        record = self._own(lease)
+        to = FinetuneState.QUEUED if record.state == FinetuneState.RUNNING else None
+        changed = msgspec.structs.replace(
+            record,
+            state=to or record.state,
+            waiting_for=waiting_for,
+            attempts=record.attempts + int(counts),
+        )
+        event = NewEvent(message or "Interrupted; it goes on from its last checkpoint", level)
+        events = [_stored(event, key=f"released:{lease.token}")] if message or to else []
+        self._update(lease, changed, events, to=to, lets_go=True, delay_ms=delay_ms)
 
     def _hand_back(self, lease: FinetuneLease) -> None:
         """Let go of a job as it was, for it could not be taken over."""

@@ -90,7 +90,9 @@ train_dataloader = dict(
     dataset=dict(
         type=InternVL_V1_5_Dataset,
         model_path=model_path,
-        template=PROMPT_TEMPLATE.phi3_chat if language == "phi3" else PROMPT_TEMPLATE.internlm2_chat,
+        template=PROMPT_TEMPLATE.phi3_chat
+        if language == "phi3"
+        else PROMPT_TEMPLATE.internlm2_chat,
         data_paths=data_path,
         image_folders=image_folder,
         max_length=max_length,

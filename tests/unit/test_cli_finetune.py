@@ -56,9 +56,12 @@ def test_the_state_says_what_it_waits_for_and_what_was_asked() -> None:
 
 
 def test_figures_are_those_that_are_known() -> None:
-    """Nothing before the first step; then loss, rate, speed and the time left."""
-    assert figures(NOTHING) == ""
-    assert figures(TRAINING) == "loss 1.2500  lr 3.00e-05  6.3 samples/s  3m 20s left"
+    """Nothing before the first step; then loss, rate, speed and the time left while it trains."""
+    assert figures(job()) == ""
+    training = job(progress=TRAINING)
+    assert figures(training) == "loss 1.2500  lr 3.00e-05  6.3 samples/s  3m 20s left"
+    assert figures(job("paused", progress=TRAINING)) == "loss 1.2500  lr 3.00e-05"
+    assert figures(job(stage="convert", progress=TRAINING)) == "loss 1.2500  lr 3.00e-05"
 
 
 @pytest.mark.parametrize(

@@ -407,6 +407,13 @@ class TestSplit:
         assert len(set(chosen)) > 1
         assert any(list(ids) != sorted(ids) for ids in chosen), "not in the order of the file"
 
+    def test_many_rows_of_each_image_do_not_leave_nothing_to_compare_on(
+        self, job: Path, photos: Path
+    ) -> None:
+        rows = [llava(f"{number % 12}.jpg", number) for number in range(120)]
+        report = prepared(job, rows, folder=photos, held_out_share=0.1, max_held_out=3)
+        assert report.held_out == 10
+
     def test_none_are_held_out_if_none_are_asked_for(self, job: Path, photos: Path) -> None:
         assert prepared(job, named(), folder=photos, held_out_share=0).held_out == 0
         assert rows_of(job, "held_out") == []
@@ -601,3 +608,28 @@ class TestWholeOrAbsent:
             prepared(job, named(), folder=photos, keep_going=race)
         assert list(job.iterdir()) == []
         assert prepared(job, named(), folder=photos).usable == 12
+
+
+@pytest.mark.parametrize("mib", [1, 2, 4])
+def test_a_disk_that_runs_full_is_its_own_error_and_the_next_run_goes_through(
+    tmp_path: Path, job: Path, mib: int
+) -> None:
+    """Wherever it runs full: at the rows, at an image, at what is written last."""
+    from tests.faults.test_storage_full import small_disk
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(100):
+        noise = Image.effect_noise((96, 96), number + 1)
+        noise.save(folder / f"{number}.jpg", quality=90)
+    rows = [llava(f"{number}.jpg") for number in range(100)]
+    for row in rows:
+        row["conversations"][1]["value"] = "x" * 30_000
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    job.mkdir()
+    options: dict[str, Any] = {"folder": folder, "max_length": 1 << 20}
+    with small_disk(job, mib):
+        with pytest.raises(StorageFull):
+            prepared(job, path, **options)
+        assert list(job.iterdir()) == []
+    assert prepared(job, path, **options).usable == 100

@@ -195,6 +195,12 @@ BAD: list[tuple[str, Any, str, str | None]] = [
     ("llava", said(("human", "<image>?"), ("gpt", "!"), image=None), "image_missing", "image"),
     ("llava", said(("human", "<image>?"), ("gpt", "!"), image=""), "image_not_found", "image"),
     ("llava", said(("human", "<image>?"), ("gpt", "!"), image="a\0"), "image_not_found", "image"),
+    (
+        "llava",
+        said(("human", "<image>?"), ("gpt", "!"), image="a" * 5000),
+        "image_not_found",
+        "image",
+    ),
     ("llava", said(("gpt", "<image>"), ("human", "!"), image=None), "roles_out_of_order", None),
     ("llava", said(("human", "?"), ("gpt", "<image>"), image=None), "control_token", "turn 2"),
     ("llava", said(("Human", "?"), ("gpt", "!")), "unknown_role", "conversations[0].from"),

@@ -19,7 +19,6 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,7 +53,7 @@ from workers.training.picture_sources import (
 )
 from workers.training.pictures import PictureFolder
 from workers.training.row_files import RawRow, read_rows
-from workers.training.row_formats import DETECTED_FROM_ROWS, PARSERS, detect
+from workers.training.row_formats import PARSERS, detect
 from workers.training.row_lengths import RowLengths
 from workers.training.row_table import GoodRow, RowTable, StoredRow
 from workers.training.rows import IMAGE_TAG, Row
@@ -244,11 +243,8 @@ class _Preparation:
     def _parsed(self, path: Path, named: DataFormat, param: str) -> tuple[DataFormat, _ParsedRows]:
         found = named
         if named == "auto":
-            first = islice(read_rows(path, self._limits.max_row_bytes, param), DETECTED_FROM_ROWS)
-            texts = [raw.text for raw in first]
-            if not texts:
-                raise TooFewRows("the file holds no rows", param=param)
-            found = detect(texts, param)
+            rows = read_rows(path, self._limits.max_row_bytes, param)
+            found = detect((raw.text for raw in rows), param)
         return found, self._parse(path, found, param)
 
     def _parse(self, path: Path, format_: DataFormat, param: str) -> _ParsedRows:
@@ -376,10 +372,8 @@ class _Preparation:
     def _split(self, table: RowTable) -> set[bytes]:
         if self._inputs.validation is not None:
             return set()
-        wanted = target(
-            table.count("training"), self._source.held_out_share, self._source.max_held_out
-        )
-        return choose(table.groups(self._seed), wanted) if wanted else set()
+        wanted = target(table.count("training"), self._source.held_out_share)
+        return choose(table.groups(self._seed), wanted, self._source.max_held_out)
 
     def _write(self, table: RowTable) -> DataReport:
         pictures = PictureFolder(self._scratch / IMAGES, self._limits.images)

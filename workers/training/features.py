@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 from shared.storage import write_json
 
 
-
 class Entry(msgspec.Struct, frozen=True):
     """Where the features of one image lie: bytes from ``start`` on in the file of its share."""
 
@@ -67,7 +66,7 @@ class FeatureCache:
         return torch.from_numpy(stored.copy()).view(torch.bfloat16).reshape(entry.shape)[:, None]
 
 
-def can_cache(model: nn.Module) -> bool:
+def can_cache(model: Any) -> bool:
     """Whether the ViT gives the same features in every epoch: frozen, and without dropout."""
     vision = model.model.vision_model
     config = vision.config
@@ -77,7 +76,7 @@ def can_cache(model: nn.Module) -> bool:
     )
 
 
-def fill_cache(model: nn.Module, dataset: Any, folder: Path, *, loaders: int) -> FeatureCache:
+def fill_cache(model: Any, dataset: Any, folder: Path, *, loaders: int) -> FeatureCache:
     """Compute what is missing, all processes together, and open the cache."""
     folder.mkdir(parents=True, exist_ok=True)
     share, shares = get_rank(), get_world_size()
@@ -87,7 +86,7 @@ def fill_cache(model: nn.Module, dataset: Any, folder: Path, *, loaders: int) ->
     return FeatureCache(folder, shares)
 
 
-def read_features_only(model: nn.Module) -> None:
+def read_features_only(model: Any) -> None:
     """From now on the model is given features where it was given pixels."""
 
     def extract_feature(self: Any, pixel_values: Tensor) -> Any:
@@ -97,7 +96,7 @@ def read_features_only(model: nn.Module) -> None:
 
 
 def _write_share(
-    model: nn.Module, dataset: Any, folder: Path, share: int, shares: int, loaders: int
+    model: Any, dataset: Any, folder: Path, share: int, shares: int, loaders: int
 ) -> None:
     images = sorted({path for path in dataset.images() if path is not None})[share::shares]
     entries: dict[str, Entry] = {}
@@ -130,7 +129,7 @@ class _Pixels(Dataset[Tensor]):
 
 
 @torch.no_grad()
-def _features(model: nn.Module, pixels: Tensor) -> Tensor:
+def _features(model: Any, pixels: Tensor) -> Tensor:
     """What the projector would be given, whatever the code of the model around it."""
     inner = model.model
     projector, inner.mlp1 = inner.mlp1, nn.Identity()

@@ -31,7 +31,7 @@ class TrainingStopped(SystemExit):
         super().__init__(int(status))
 
 
-class RunHook(Hook):
+class RunHook(Hook):  # type: ignore[misc]
     """Writes what the numbers of this run mean."""
 
     priority = "VERY_HIGH"
@@ -51,7 +51,7 @@ class RunHook(Hook):
             )
 
 
-class LossHook(Hook):
+class LossHook(Hook):  # type: ignore[misc]
     """Ends a run whose loss is no number or has left for good, before it is saved."""
 
     priority = "NORMAL"
@@ -74,7 +74,7 @@ class LossHook(Hook):
             give_up(runner, "diverged", message, loss=loss)
 
 
-class SaveHook(Hook):
+class SaveHook(Hook):  # type: ignore[misc]
     """Saves checkpoints that are whole or absent, and deletes old ones only after a new one.
 
     ``interval`` counts iterations. A request to stop is answered at the end of an optimizer step,
@@ -132,7 +132,7 @@ class SaveHook(Hook):
             shutil.rmtree(folder, ignore_errors=True)
             give_up(runner, "disk", f"no space left while {folder.name} was written")
         if is_main_process():
-            runner.logger.info(f"Saved {folder.name} in {time.monotonic() - started:.1f} s")
+            runner.logger.info("Saved %s in %.1f s", folder.name, time.monotonic() - started)
             self._delete_old()
         barrier()
 

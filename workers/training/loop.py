@@ -65,7 +65,7 @@ def endless(loader: DataLoader[Any], first: int) -> Iterator[Any]:
     return iter(
         DataLoader(
             loader.dataset,
-            batch_sampler=batches,  # type: ignore[arg-type]
+            batch_sampler=batches,
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,

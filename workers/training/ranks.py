@@ -28,7 +28,7 @@ def run(command: Sequence[str], count: int) -> int:
     """
     processes: list[subprocess.Popen[bytes]] = []
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
+    def hand_on(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler's signature
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -37,9 +37,10 @@ def run(command: Sequence[str], count: int) -> int:
         signal.signal(number, hand_on)
     port = free_port()
     assert threading.current_thread() is threading.main_thread()  # its end is what kills them
-    for rank in range(count):
-        processes.append(_start(command, rank, count, port))
     try:
+        for rank in range(count):
+            # One by one into the list, so that a signal finds those there are.
+            processes.append(_start(command, rank, count, port))  # noqa: PERF401
         return _wait(processes)
     finally:
         for process in processes:

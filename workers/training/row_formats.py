@@ -9,20 +9,21 @@ published with LLaVA, and the fields of FoodieQA's ``sivqa_tidy.json``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import msgspec
 
 from shared.chat import ImagePart, Message, TextPart, explain
-from shared.errors import DatasetFormatUnclear, DatasetInvalid, RowUnusable
+from shared.errors import DatasetFormatUnclear, DatasetInvalid, RowUnusable, TooFewRows
 from shared.finetunes import DataFormat
 from workers.inference.batch_lines import UNREADABLE
 from workers.training.rows import IMAGE_TAG, Row, Turn, check_row, only_image
 
 Parse = Callable[[bytes], Row]
 
-DETECTED_FROM_ROWS = 20
+_DETECTED_FROM_ROWS = 20
 
 
 # --- OpenAI's chat format ---------------------------------------------------------------------
@@ -257,13 +258,15 @@ _NAMES = (
 )
 
 
-def detect(rows: Sequence[bytes], param: str) -> DataFormat:
-    """Which format the first rows of a file have.
+def detect(rows: Iterable[bytes], param: str) -> DataFormat:
+    """Which format the first rows of a file have; ``param`` names the file in errors.
 
-    Raises: DatasetFormatUnclear that names what was found; DatasetInvalid for a file of a batch.
+    Raises: DatasetFormatUnclear that names what was found; DatasetInvalid for a file of a batch;
+    TooFewRows if there are none.
     """
     found: set[DataFormat] = set()
-    for text in rows:
+    text = None
+    for text in islice(rows, _DETECTED_FROM_ROWS):
         keys = _keys(text)
         if "custom_id" in keys:
             raise DatasetInvalid(
@@ -272,6 +275,8 @@ def detect(rows: Sequence[bytes], param: str) -> DataFormat:
                 param=param,
             )
         found |= {name for name, signs in _SIGNS.items() if signs <= keys}
+    if text is None:
+        raise TooFewRows("the file holds no rows", param=param)
     if len(found) == 1:
         return found.pop()
     if found:

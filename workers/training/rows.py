@@ -39,6 +39,9 @@ CONTROL_TOKENS = (
 )
 """Texts that xtuner, or the tokenizers of InternLM2 and Phi-3, take for something else than text."""
 
+MAX_ADDRESS = 4096
+"""Longest name or URL of an image, in characters."""
+
 Role = Literal["human", "gpt"]
 
 
@@ -100,11 +103,11 @@ def only_image(addresses: Sequence[str], where: str) -> str | None:
         )
     if not addresses:
         return None
-    if not addresses[0] or "\0" in addresses[0]:
-        raise RowUnusable(
-            f"{shown(addresses[0])} names no image", param=where, reason="image_not_found"
-        )
-    return addresses[0]
+    address = addresses[0]
+    is_too_long = len(address) > MAX_ADDRESS and address[:5].lower() != "data:"
+    if not address or "\0" in address or is_too_long:
+        raise RowUnusable(f"{shown(address)} names no image", param=where, reason="image_not_found")
+    return address
 
 
 def _check_roles(roles: Sequence[Role]) -> None:

@@ -7,7 +7,7 @@ means that the data went away.
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,9 +69,9 @@ class StrictSamples(InternVL_V1_5_Dataset):  # type: ignore[misc]
         return {**self.get_inputid_labels(turns, image), "pixel_values": features}
 
     def _path(self, index: int) -> str | None:
-        named = self.data[index].get("image")
+        named: Any = self.data[index].get("image")
         if named is None:
             return None
-        return os.path.join(  # noqa: PTH118 - as xtuner does, an absolute name wins
-            self.image_folder[index], named[0] if isinstance(named, list) else named
-        )
+        name = named[0] if isinstance(named, list) else named
+        # As xtuner does: an absolute name wins.
+        return str(Path(self.image_folder[index]) / name)

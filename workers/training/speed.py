@@ -6,8 +6,12 @@ for rounding. Right-padded batches need no mask under a causal order: padding co
 token that counts sees it.
 """
 
+# Functions that take a method's place have its signature.
+# ruff: noqa: ARG001, FBT001, FBT002
+
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 import types
@@ -26,9 +30,11 @@ from workers.training.samples import StrictSamples
 _LANGUAGE_ATTENTION = frozenset({"InternLM2Attention", "InternLM2FlashAttention2"})
 _VISION_ATTENTION = "InternAttention"
 _LANGUAGE_DECODER = "InternLM2Model"
+_MASK_MAKERS = ("_prepare_decoder_attention_mask", "_update_causal_mask")
+"""Of the code that InternVL2-2B was published with, and of InternLM2.5's, which others carry."""
 
 
-class SpeedHook(Hook):
+class SpeedHook(Hook):  # type: ignore[misc]
     """Applies what was chosen, once the model is loaded and wrapped."""
 
     priority = "VERY_HIGH"
@@ -43,8 +49,9 @@ class SpeedHook(Hook):
         set_checkpointing(model, on=self._speed.gradient_checkpointing)
         self._cache_features(runner, model)
         runner.logger.info(
-            f"Attention of PyTorch in {replaced} modules; "
-            f"gradient checkpointing {'on' if self._speed.gradient_checkpointing else 'off'}"
+            "PyTorch's attention in %d modules; gradient checkpointing %s",
+            replaced,
+            "on" if self._speed.gradient_checkpointing else "off",
         )
 
     def _cache_features(self, runner: Any, model: nn.Module) -> None:
@@ -59,7 +66,7 @@ class SpeedHook(Hook):
         cache = fill_cache(model, loader.dataset, Path(folder), loaders=loader.num_workers)
         loader.dataset.features = cache
         read_features_only(model)
-        runner.logger.info(f"Features are cached after {time.monotonic() - started:.1f} s")
+        runner.logger.info("Features are cached after %.1f s", time.monotonic() - started)
 
 
 def use_sdpa(model: nn.Module) -> int:
@@ -71,8 +78,10 @@ def use_sdpa(model: nn.Module) -> int:
             module.forward = types.MethodType(_language_attention, module)
         elif name == _VISION_ATTENTION:
             module.forward = types.MethodType(_vision_attention, module)
-        elif name == _LANGUAGE_DECODER and hasattr(module, "_prepare_decoder_attention_mask"):
-            module._prepare_decoder_attention_mask = _no_mask  # noqa: SLF001
+        elif name == _LANGUAGE_DECODER:
+            for maker in _MASK_MAKERS:
+                if hasattr(module, maker):
+                    setattr(module, maker, _no_mask)
             continue
         else:
             continue
@@ -80,7 +89,7 @@ def use_sdpa(model: nn.Module) -> int:
     return count
 
 
-def set_checkpointing(model: nn.Module, *, on: bool) -> None:
+def set_checkpointing(model: Any, *, on: bool) -> None:
     """Turn gradient checkpointing of both towers on or off.
 
     The published ViT checkpoints by torch's reentrant way, which gives no gradients at all when its
@@ -107,9 +116,9 @@ def _embeddings(vision: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _require_gradient(module: nn.Module, given: Any, out: Tensor) -> None:
+def _require_gradient(module: nn.Module, given: Any, out: Any) -> None:
     if not out.requires_grad:
-        out.requires_grad_(requires_grad=True)
+        out.requires_grad_()
 
 
 def _no_mask(*given: Any, **named: Any) -> None:
@@ -122,8 +131,8 @@ def _language_attention(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     past_key_value: Any = None,
-    output_attentions: bool = False,  # noqa: FBT001, FBT002 - the published signature
-    use_cache: bool = False,  # noqa: FBT001, FBT002
+    output_attentions: bool = False,
+    use_cache: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, None, None]:
     """``[b, n, hidden]`` to the same shape; for training, so without a past."""
@@ -135,14 +144,22 @@ def _language_attention(
     query = groups[..., :-2, :].flatten(2, 3).transpose(1, 2)
     key = groups[..., -2, :].transpose(1, 2)
     value = groups[..., -1, :].transpose(1, 2)
-    cosine, sine = self.rotary_emb(value, seq_len=key.shape[-2])
+    cosine, sine = _angles(self.rotary_emb, value, position_ids)
     # The way of turning is part of the checkpoint's own code.
-    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
     query, key = rotate(query, key, cosine, sine, position_ids)
     seen = functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, enable_gqa=self.num_key_value_groups > 1
     )
     return self.wo(seen.transpose(1, 2).flatten(2)), None, None
+
+
+def _angles(rotary: nn.Module, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines: of every position in InternVL2-2B's code, of those given in InternLM2.5's."""
+    named = inspect.signature(rotary.forward).parameters
+    if "position_ids" in named:
+        return rotary(value, positions)  # type: ignore[no-any-return]
+    return rotary(value, seq_len=value.shape[-2])  # type: ignore[no-any-return]
 
 
 def _vision_attention(self: Any, hidden_states: Tensor) -> Tensor:
@@ -159,4 +176,3 @@ def _vision_attention(self: Any, hidden_states: Tensor) -> Tensor:
     )
     out: Tensor = self.proj_drop(self.proj(seen.transpose(1, 2).flatten(2)))
     return out
-

@@ -48,8 +48,8 @@ def prepare(runner: Any, job: TrainerJob, stop: StopRequest) -> None:
     interval = _interval(runner)
     runner._hooks = [  # noqa: SLF001
         hook
-        for hook in runner._hooks
-        if not isinstance(hook, CheckpointHook)  # noqa: SLF001
+        for hook in runner._hooks  # noqa: SLF001
+        if not isinstance(hook, CheckpointHook)
     ]
     runner.register_hook(RunHook())
     runner.register_hook(SpeedHook(job.speed))

@@ -86,7 +86,7 @@ def provide_base(base: Path, model_path: Path) -> None:
 
 def _link_weights(source: str, target: str) -> str:
     if source.endswith(".safetensors"):
-        os.symlink(Path(source).resolve(), target)
+        Path(target).symlink_to(Path(source).resolve())
         return target
     return shutil.copyfile(source, target)
 

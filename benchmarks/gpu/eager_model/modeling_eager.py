@@ -109,9 +109,10 @@ class InternLM2DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """``[b, n, hidden]`` to the same shape."""
-        x = x + self.attention(
-            self.attention_norm(x), attention_mask=mask, position_ids=positions
-        )[0]
+        x = (
+            x
+            + self.attention(self.attention_norm(x), attention_mask=mask, position_ids=positions)[0]
+        )
         out: Tensor = x + self.feed_forward(self.ffn_norm(x))
         return out
 
