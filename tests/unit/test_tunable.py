@@ -69,7 +69,7 @@ def test_code_of_a_base_runs_only_with_consent(tmp_path: Path) -> None:
     """Training would run it, whatever the engine that serves the base does."""
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "theirs.Model"}}')
     require_consent(_record(tmp_path, trusted=True))
-    with pytest.raises(RemoteCodeRefused, match="auto_map.*--trust-remote-code"):
+    with pytest.raises(RemoteCodeRefused, match=r"auto_map.*--trust-remote-code"):
         require_consent(_record(tmp_path, trusted=False))
 
 
