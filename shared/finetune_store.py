@@ -374,8 +374,10 @@ class FinetuneStore:
 
         A running job is queued again. ``waiting_for`` says why, to people; ``counts`` adds one to its
         attempts; ``message`` becomes an event. A lease that was lost is none to give back: no error.
+        On a full disk Redis alone is told.
 
-        Raises: StorageFull, StorageFailed, QueueUnavailable (the lease then expires by itself).
+        Raises: StorageFailed if the record cannot be read, QueueUnavailable (the lease then expires by
+        itself).
         """
         delay_ms = int(delay_s * 1000)
         if lease.step is not None:
@@ -544,7 +546,14 @@ class FinetuneStore:
         )
         event = NewEvent(message or "Interrupted; it goes on from its last checkpoint", level)
         events = [_stored(event, key=f"released:{lease.token}")] if message or to else []
-        self._update(lease, changed, events, to=to, lets_go=True, delay_ms=delay_ms)
+        try:
+            self._update(lease, changed, events, to=to, lets_go=True, delay_ms=delay_ms)
+        except (StorageFull, StorageFailed) as error:
+            # A rebuild makes the same of the record that is there: the lease need not expire.
+            log.warning("released_without_record", job_id=lease.job_id, error=str(error))
+            answer = self._script_update(lease, changed, to=to, delay_ms=delay_ms, events=events)
+            if answer is None:
+                raise LeaseLost() from error
 
     def _forget(self, lease: FinetuneLease) -> None:
         """Drop a job that has no folder: its creation failed after Redis had heard of it."""

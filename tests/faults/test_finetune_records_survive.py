@@ -188,12 +188,23 @@ def test_a_full_disk_leaves_what_was_there_and_with_room_it_goes_on(full_disk: S
     assert now(stores, lease.job) == before
     assert events(stores, lease.job) == told
     assert stores.finetunes.renew(lease) == "run"
+    stores.finetunes.release(lease, waiting_for="space on the disk", message="No room")
+    given_back = now(stores, lease.job)
+    assert (given_back.state, given_back.waiting_for) == (S.QUEUED, "space on the disk")
+    with pytest.raises(StorageFull):
+        stores.finetunes.claim("train", "w", 1)
+    assert now(stores, lease.job).attempts == 0
     ballast.unlink()
+    stores.redis.delete(f"vlmq:finetune:{lease.job_id}:delays")
+    lease = claim(stores)
+    assert lease.job.progress.step == 1
+    stores.finetunes.move(lease, S.RUNNING, message="Again")
     stores.finetunes.add_events(lease, many)
     stores.finetunes.move(lease, S.FAILED, message="Yes")
     kept, damaged = FinetuneFolder(stores.finetunes.path(lease.job_id)).events()
     assert damaged == []
-    assert [event.message for event in kept] == messages(stores, lease.job)
+    told = [text for text in messages(stores, lease.job) if text != "No room"]
+    assert [event.message for event in kept] == told
     assert [path.name for path in stores.layout.finetunes.glob("ftjob-*")] == [lease.job_id]
 
 
