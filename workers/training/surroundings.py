@@ -13,12 +13,6 @@ import types
 from pathlib import Path
 from typing import Any, NoReturn
 
-_VISION_OPS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
-_libraries: list[Any] = []  # a library's definitions go away with it
-
 
 def prepare_environment(cache_dir: Path) -> None:
     """Set the variables that libraries read when they are imported; what is set already stays."""
@@ -51,15 +45,18 @@ def free_port() -> int:
 
 def prepare_imports() -> None:
     """Make torchvision importable beside a CPU build of torch, and leave out what nothing uses."""
-    import torch
+    from workers.inference.internvl.vision_ops import provide_vision_ops
 
     if "datasets" not in sys.modules:
         _leave_out("datasets")  # half a second, for data sets that are not used here
-    if torch.version.cuda is None and "torchvision" not in sys.modules:
-        library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
-        for schema in _VISION_OPS:
-            library.define(schema)  # type: ignore[no-untyped-call]
-        _libraries.append(library)
+    provide_vision_ops()
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def skip_compiling() -> None:
