@@ -38,8 +38,8 @@ def link_untrained(folder: Path, data_dir: Path) -> None:
     """Make a model that has learned nothing, and link it while the server runs."""
     out = folder / "untrained"
     _run("workers.inference.tiny.untrained", str(out))
-    arguments = ["models", "link", BASE, str(out), "--trust-remote-code"]
-    click.echo(f"\n$ vlmq models link {BASE} {out.name} --trust-remote-code")
+    arguments = ["models", "link", BASE, str(out)]
+    click.echo(f"\n$ vlmq models link {BASE} {out.name}")
     _run("cli.main", *arguments, "--data-dir", str(data_dir))
 
 
@@ -128,7 +128,7 @@ def _state(job: FineTuningJob) -> str:
 def show_comparison(sdk: openai.OpenAI, job: FineTuningJob, shown: int) -> None:
     """Print what base and tuned model said about rows that were held out."""
     for file_id in job.result_files:
-        if sdk.files.retrieve(file_id).filename != "comparison.jsonl":
+        if not sdk.files.retrieve(file_id).filename.endswith("comparison.jsonl"):
             continue
         lines = sdk.files.content(file_id).text.splitlines()
         click.echo(f"\ncomparison.jsonl: {len(lines)} held-out rows")

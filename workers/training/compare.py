@@ -189,12 +189,15 @@ class _Asking:
 
 
 def _request(number: int, row: HeldOutRow, model: str) -> bytes:
-    parts: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in row.turns]
     if row.image is not None:
-        parts.append({"type": "image_url", "image_url": {"url": _data_url(row.image)}})
-    parts.append({"type": "text", "text": row.turns[0][1]})
-    messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
-    messages += [{"role": role, "content": text} for role, text in row.turns[1:]]
+        text = row.turns[row.image_turn][1]
+        parts: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": _data_url(row.image)}}
+        ]
+        # A part without text would still be a line of its own, which training has not.
+        parts += [{"type": "text", "text": text}] if text else []
+        messages[row.image_turn]["content"] = parts
     body = {
         "model": model,
         "messages": messages,

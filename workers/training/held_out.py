@@ -19,14 +19,15 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 class HeldOutRow:
     """One conversation up to its last answer, which is the ``reference``.
 
-    ``turns`` are ``(role, text)`` with the image's mark taken out: xtuner puts a row's image before
-    the first question, wherever it was marked.
+    ``turns`` are ``(role, text)`` with the image's mark taken out: xtuner puts a row's image in front
+    of the question that has the mark, which is ``turns[image_turn]``.
     """
 
     image: Path | None
     name: str
     turns: tuple[tuple[str, str], ...]
     reference: str
+    image_turn: int = 0
 
     @property
     def question(self) -> str:
@@ -44,6 +45,7 @@ def read_held_out(folder: Path, limit: int) -> list[HeldOutRow]:
 
 
 def _row(row: dict[str, Any], images: Path) -> HeldOutRow:
+    marked = [index for index, turn in enumerate(row["conversations"]) if _MARK in turn["value"]]
     turns = [
         (_ROLES[turn["from"]], turn["value"].replace(_MARK, "").strip())
         for turn in row["conversations"]
@@ -55,4 +57,5 @@ def _row(row: dict[str, Any], images: Path) -> HeldOutRow:
         name=name or "",
         turns=tuple(asked),
         reference=reference,
+        image_turn=marked[0] if marked else 0,
     )

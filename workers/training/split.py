@@ -11,25 +11,29 @@ def rank(seed: int, key: bytes) -> bytes:
     return hashlib.sha256(b"%d\0%b" % (seed, key)).digest()
 
 
-def target(rows: int, share: float, most: int) -> int:
+def target(rows: int, share: float) -> int:
     """How many rows to hold out: their share, at least one if any is asked for, at most half."""
-    if share <= 0 or most <= 0:
-        return 0
-    return min(max(1, round(rows * share)), most, rows // 2)
+    return min(max(1, round(rows * share)), rows // 2) if share > 0 else 0
 
 
-def choose(groups: Iterable[tuple[bytes, int]], wanted: int) -> set[bytes]:
-    """The keys of the groups to hold out.
+def choose(groups: Iterable[tuple[bytes, int]], wanted: int, most: int) -> set[bytes]:
+    """The keys of the groups to hold out, of ``wanted`` rows and of ``most`` if they can be.
 
-    ``groups`` are (key, rows) in the order of their rank. One that would make it more than
-    ``wanted`` rows is passed over, so the result may be fewer, and is none if all are larger.
+    ``groups`` are (key, rows) in the order of their rank. One that would make it more rows than
+    both allow is passed over, so the result may be fewer. If every group has more than ``most`` it
+    is the first that has no more than ``wanted``, and nothing if there is none.
     """
     chosen: set[bytes] = set()
-    free = wanted
+    instead: bytes | None = None
+    free = min(wanted, most)
+    if not free:
+        return chosen
     for key, rows in groups:
         if rows <= free:
             chosen.add(key)
             free -= rows
+        elif rows <= wanted and instead is None:
+            instead = key
         if not free:
             break
-    return chosen
+    return chosen or ({instead} if instead is not None else chosen)
