@@ -1,7 +1,7 @@
 """Every failure vlmq reports, as one tree.
 
 An exception's docstring is its default message. ``code`` is what a client sees; ``retryable``
-says whether the same request may succeed later. HTTP statuses live in ``shared.statuses`` so that
+says whether the same request may succeed later, ``retry_after_s`` when to try. HTTP statuses live in ``shared.statuses`` so that
 the API and the lines of a batch's error file agree.
 """
 
@@ -15,6 +15,8 @@ class VlmqError(Exception):
 
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
+    retry_after_s: ClassVar[int] = 1
+    """When to try again, if ``retryable``."""
 
     def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
         self.message = message or (type(self).__doc__ or "").strip().splitlines()[0]
@@ -319,6 +321,14 @@ class ModelUnavailable(VlmqError):
 
     code = "model_unavailable"
     retryable = True
+
+
+class GpuLent(VlmqError):
+    """The GPU of this model's engines is lent to a fine-tune; try again in a while."""
+
+    code = "gpu_lent"
+    retryable = True
+    retry_after_s = 30
 
 
 class RequestTimedOut(VlmqError):

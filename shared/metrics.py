@@ -219,7 +219,7 @@ REPLICAS = Metric(
     "gauge",
     "Engine processes by state",
     ("node", "model", "state"),
-    {"state": ("starting", "ready", "failed", "restarting", "stopping", "unloaded")},
+    {"state": ("starting", "ready", "failed", "restarting", "stopping", "unloaded", "lent")},
 )
 REPLICA_RESTARTS = Metric(
     "vlmq_replica_restarts_total",

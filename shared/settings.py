@@ -224,6 +224,8 @@ class NodeSettings(_Section):
     """How long a model that was loaded on demand may work before it has to make room."""
     warm_up_limit_s: Seconds = 300
     """How long a loaded engine may take for its first answers."""
+    load_limit_s: Seconds = 1800
+    """An engine process that has not loaded its model by then hangs, and is killed and restarted."""
     engine_silence_s: Seconds = 60
     """An engine process that says nothing for so long hangs, and is killed and started again."""
     batch_nice: Annotated[int, Field(ge=0, le=19)] = 10

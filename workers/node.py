@@ -65,6 +65,8 @@ REDIS_START_LIMIT_S = 120.0
 _ALL_ROLES = frozenset(NodeSettings.model_fields["roles"].default)
 _USUAL_ROLES = (_ALL_ROLES, _ALL_ROLES - {"redis"}, _ALL_ROLES - {"redis", "api"})
 """What ``vlmq up`` and ``vlmq worker`` run if nobody says otherwise: whatever is possible here."""
+RETRY_FAILED_S = 600.0
+"""How soon an engine that cannot load its model is tried again: its disk may have come back."""
 GRACE_S = 5.0
 """How much longer than its own drain limit a program may take before it is killed."""
 
@@ -276,6 +278,7 @@ class Node:
             replicas=fleet.reports() if fleet is not None else [],
             programs=programs,
             obtainable=fleet.obtainable() if fleet is not None else [],
+            lent=fleet.lent() if fleet is not None else {},
             gpus=self._gpus.latest(),
             finetune=self._finetune_report(),
         )
@@ -456,6 +459,7 @@ class Programs:
             prepare=lambda: path.unlink(missing_ok=True),
             may_start=may_start,
             environment={MARK: str(settings.run_dir), **pinned},
+            retry_failed_s=RETRY_FAILED_S,
             restart_s=settings.node.engine_restart_s,
             drain_s=drain_s + GRACE_S,
         )

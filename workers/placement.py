@@ -152,6 +152,12 @@ def gpus_of(entry: ServeSettings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(gpu for value in entry.gpus for gpu in split_gpus(value)))
 
 
+def takes_any_gpu(entry: ServeSettings) -> bool:
+    """Whether its engines use GPUs that it does not name: those that the node sees."""
+    device = str(entry.options.get("device", ""))
+    return not entry.gpus and (entry.engine == "lmdeploy" or device.startswith("cuda"))
+
+
 def _wants_many(entry: ServeSettings) -> bool:
     # Which backend "auto" becomes is known to the engine only; one replica is never wrong.
     return entry.engine == "lmdeploy" and entry.options.get("backend") == "pytorch"

@@ -15,10 +15,12 @@ from shared.errors import QueueUnavailable, VlmqError
 from shared.leases import CONTROL_LANE, Leases, model_of
 from shared.log import get_logger
 from shared.models import ModelRecord, ModelRegistry
+from shared.presence import Presence
 from shared.queue import CONTROL_QUEUE, batch_queue, chat_queue
 from shared.scripts import Scripts
 from shared.settings import ServeSettings, Settings
 from shared.storage import Layout
+from workers.inference.engines.standby import Standby
 from workers.serving import own_entries, serve_now
 
 log = get_logger(__name__)
@@ -34,6 +36,7 @@ class Wanted:
         self._registry = ModelRegistry(Layout(settings.data_dir))
         self._redis = connect(settings, max_connections=2)
         self._leases = Leases(self._redis, Scripts(self._redis), ttl_s=settings.queue.lease_ttl_s)
+        self._presence = Presence(self._redis)
         self._orphans: list[str] = []
 
     def entries(self) -> tuple[ServeSettings, ...]:
@@ -42,7 +45,8 @@ class Wanted:
 
     def chat(self) -> list[str]:
         """The queues of chat requests for the models that are served here. Raises: StorageFailed."""
-        return [chat_queue(model) for model in sorted(self._served(self._registry.by_name()))]
+        models = self._takes(self._registry.by_name())
+        return [chat_queue(model) for model in sorted(models)]
 
     def batch(self) -> list[str]:
         """The control queue and those of chunks for the models that are served here.
@@ -52,15 +56,25 @@ class Wanted:
         """
         records = self._registry.by_name()
         self._orphans = self._find_orphans(records)
-        models = sorted({*self._served(records), *self._orphans})
+        models = sorted({*self._takes(records), *self._orphans})
         return [CONTROL_QUEUE, *(batch_queue(model) for model in models)]
 
     def close(self) -> None:
         """Let go of Redis."""
         self._redis.close()
 
-    def _served(self, records: dict[str, ModelRecord]) -> set[str]:
-        return set(serve_now(self._settings.node.serve, records))
+    def _takes(self, records: dict[str, ModelRecord]) -> list[str]:
+        served = serve_now(self._settings.node.serve, records)
+        return [model for model in served if not self._left_to_others(model)]
+
+    def _left_to_others(self, model: str) -> bool:
+        """Whether this machine's GPUs are lent while another machine's engines answer."""
+        if not Standby(self._settings.run_dir, model).lent():
+            return False
+        try:
+            return self._presence.serving(model)
+        except QueueUnavailable:
+            return False
 
     def _find_orphans(self, records: dict[str, ModelRecord]) -> list[str]:
         try:

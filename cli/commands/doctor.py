@@ -29,7 +29,7 @@ Verdict = Literal["ok", "warning", "problem"]
 _ENGINE_NEEDS = {"transformers": ("torch", "transformers"), "lmdeploy": ("lmdeploy",)}
 
 
-_AT_REST = ("ready", "unloaded")
+_AT_REST = ("ready", "unloaded", "lent")
 
 
 @dataclass(frozen=True)

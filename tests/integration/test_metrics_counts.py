@@ -284,7 +284,7 @@ def test_names_cannot_break_out_of_their_labels(stores: Stores) -> None:
     assert seen.value("vlmq_nodes") == 1
     assert seen.value("vlmq_program_ready", node=HOSTILE, program=HOSTILE) == 1
     by_state = seen.by("vlmq_replicas", "state")
-    others = dict.fromkeys(("starting", "restarting", "stopping", "unloaded"), 0)
+    others = dict.fromkeys(("starting", "restarting", "stopping", "unloaded", "lent"), 0)
     assert by_state == {"ready": 1, "failed": 1, **others}
     labels = {"node": HOSTILE, "model": HOSTILE, "replica": "1"}
     assert seen.value("vlmq_replica_restarts_total", **labels) == 3

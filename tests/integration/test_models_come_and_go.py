@@ -99,11 +99,11 @@ def test_a_tuned_model_is_loaded_when_asked_for_like_its_base(node: RunningNode)
     """It is unloaded until then; publishing a candidate leaves its engine as it is."""
     link(node, "ft:first::1", base="first", job="ftjob-1", candidate=True)
     wait_for_states(node, "ft:first::1", "unloaded")
-    assert first_answer(node, "ft:first::1") == "are you there"
+    assert done(batch_of(node, "ft:first::1")) == 20
     wait_for_states(node, "ft:first::1", "ready")
     [before] = replicas(node, "ft:first::1")
     assert not node.stores.models.publish("ft:first::1").candidate
-    assert done(batch_of(node, "ft:first::1")) == 20
+    assert first_answer(node, "ft:first::1") == "are you there"
     assert [r.pid for r in replicas(node, "ft:first::1")] == [before.pid]
 
 

@@ -28,7 +28,8 @@ def broken(folder: Path) -> ServedModel:
 
     around = Surroundings(
         make_child=make_child,
-        may_load=lambda _: True,
+        may_load=lambda _entry, _seat: True,
+        loan=lambda _entry, _seat: None,
         has_room=lambda _: True,
         in_hand=lambda _: False,
         say=lambda _: None,
