@@ -94,7 +94,7 @@ class Attempt:
         self._resumed = resumed
         self._attempts = lease.attempts
         self._reader = ProgressReader(self._work, after_step=resumed.step if resumed else 0)
-        self._untold = self._left_untold()
+        self._untold: list[Metric] = []
         self._known: set[int] = set()
         self._dirty = False
         self._progress: Progress | None = None
@@ -158,23 +158,11 @@ class Attempt:
         except (StorageFull, StorageFailed) as error:
             log.warning("progress_untold", job_id=self._lease.job_id, error=error.message)
 
-    def _left_untold(self) -> list[Metric]:
-        """What earlier attempts did up to where this one begins, and nobody lived to tell."""
-        if self._resumed is None:
-            return []
-        told, found = self._lease.job.progress.step, dict[int, Metric]()
-        for work in self._folder.attempts():
-            if work != self._work:
-                for metric in ProgressReader(work, after_step=told).new():
-                    if metric.step <= self._resumed.step:
-                        found[metric.step] = metric
-        return [found[step] for step in sorted(found)]
-
     def _look(self) -> None:
         new = self._reader.new()
         self._untold += new
         if new:
-            self._progress = _progress(new[-1])
+            self._progress = progress_of(new[-1])
             self._dirty = True
         own = {one.step for one in checkpoints(self._work)}
         if not own <= self._known:
@@ -185,8 +173,7 @@ class Attempt:
 
     def _send(self) -> None:
         if self._untold:
-            events = [self._event(metric) for metric in self._untold]
-            self._store.add_events(self._lease, events)
+            self._store.add_events(self._lease, map(event_of, self._untold))
             self._untold.clear()
         if self._dirty:
             self._folder.prune(self._limits.keep, but=self._asked_for())
@@ -199,27 +186,6 @@ class Attempt:
                 **progress,
             )
             self._dirty = False
-
-    def _event(self, metric: Metric) -> NewEvent:
-        data = {
-            "step": metric.step,
-            "total_steps": metric.total_steps,
-            "epoch": round(metric.epoch, 4),
-            "train_loss": metric.loss,
-            "learning_rate": metric.learning_rate,
-            "samples_per_s": round(metric.samples_per_s, 4),
-            "eta_s": round(metric.eta_s, 1),
-        }
-        left = metric.total_steps - metric.step
-        if left > 0:
-            data[STEP_SECONDS] = metric.eta_s / left
-        shown = "no number" if metric.loss is None else f"{metric.loss:.4f}"
-        return NewEvent(
-            f"Step {metric.step}/{metric.total_steps}: training loss {shown}",
-            level="info" if metric.loss is not None else "warn",
-            type="metrics",
-            data=data,
-        )
 
     def _asked_for(self) -> list[int]:
         """Checkpoints that somebody wants served and that are not converted yet."""
@@ -283,6 +249,39 @@ class Attempt:
         )
 
 
+def untold(folder: JobFolder, told: int, until: SavedCheckpoint) -> list[Metric]:
+    """What attempts did after the step ``told``, up to a checkpoint, and nobody lived to tell."""
+    found: dict[int, Metric] = {}
+    for work in folder.attempts():
+        for metric in ProgressReader(work, after_step=told).new():
+            if metric.step <= until.step:
+                found[metric.step] = metric
+    return [found[step] for step in sorted(found)]
+
+
+def event_of(metric: Metric) -> NewEvent:
+    """A metric as an event of the job."""
+    data = {
+        "step": metric.step,
+        "total_steps": metric.total_steps,
+        "epoch": round(metric.epoch, 4),
+        "train_loss": metric.loss,
+        "learning_rate": metric.learning_rate,
+        "samples_per_s": round(metric.samples_per_s, 4),
+        "eta_s": round(metric.eta_s, 1),
+    }
+    left = metric.total_steps - metric.step
+    if left > 0:
+        data[STEP_SECONDS] = metric.eta_s / left
+    shown = "no number" if metric.loss is None else f"{metric.loss:.4f}"
+    return NewEvent(
+        f"Step {metric.step}/{metric.total_steps}: training loss {shown}",
+        level="info" if metric.loss is not None else "warn",
+        type="metrics",
+        data=data,
+    )
+
+
 def quote(log_file: Path, lines: int = QUOTED_LINES) -> str:
     """The last lines of a log, for people."""
     return "\n".join(f"| {line}" for line in tail(log_file, lines)) or "| (it is empty)"
@@ -304,7 +303,8 @@ def _goes_on(last: SavedCheckpoint | None) -> str:
     return "it begins anew" if last is None else f"it goes on from step {last.step}"
 
 
-def _progress(metric: Metric) -> Progress:
+def progress_of(metric: Metric) -> Progress:
+    """A metric as the job's progress."""
     return Progress(
         step=metric.step,
         total_steps=metric.total_steps,
