@@ -48,7 +48,9 @@ def convert(job: ConvertJob) -> None:
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    surroundings.prepare_environment(part.parent / "cache")
+    surroundings.prepare_environment(
+        part.parent / "cache", part.parent / "cache" / f"code-{out.name}"
+    )
     surroundings.single_process_group()
     surroundings.prepare_imports()
     provide_base(base, Path(job.model_path))

@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
-def prepare_environment(cache_dir: Path) -> None:
-    """Set the variables that libraries read when they are imported; what is set already stays."""
+def prepare_environment(cache_dir: Path, code_dir: Path) -> None:
+    """Set the variables that libraries read when they are imported; what is set already stays.
+
+    ``code_dir`` is for this process alone: transformers copies a checkpoint's code to where it tells
+    checkpoints apart by the names of their folders only.
+    """
+    os.environ.setdefault("HF_MODULES_CACHE", str(code_dir))
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_dir / "torch_extensions"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir / "triton"))
     # Checkpoints of ours hold more than tensors, and nobody else's are loaded.

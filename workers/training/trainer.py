@@ -36,7 +36,11 @@ def train(job: TrainerJob) -> None:
     stop.listen()
     work_dir = Path(job.work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
-    surroundings.prepare_environment(Path(job.cache_dir) if job.cache_dir else work_dir / "cache")
+    own = work_dir / "cache"
+    rank = os.environ.get("RANK", "0") if ranks.MARK in os.environ else "0"
+    surroundings.prepare_environment(
+        Path(job.cache_dir) if job.cache_dir else own, own / f"code-{rank}"
+    )
     if ranks.MARK not in os.environ:
         surroundings.single_process_group()
     surroundings.prepare_imports()
