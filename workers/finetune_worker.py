@@ -30,7 +30,6 @@ from shared.settings import Settings
 from shared.stores import Stores
 from workers.finetune_report import tell_running
 from workers.keeper import until_answered
-from workers.placement import gpus_of
 from workers.training import registering
 from workers.training.attempt import Postponed
 from workers.training.gpulocks import GpuLocks
@@ -160,11 +159,9 @@ class FinetuneWorker:
             )
 
     def _served_gpus(self) -> set[str]:
-        """GPUs on which this node's engines run, so that the fleet has to free them."""
-        node = self._settings.node
-        if "engines" not in node.roles:
-            return set()
-        return {gpu for entry in node.serve for gpu in gpus_of(entry)}
+        """GPUs that the fleet of this node has to free: it says so at once of those nobody uses."""
+        engines = "engines" in self._settings.node.roles
+        return set(self._settings.finetune.gpus) if engines else set()
 
     @contextlib.contextmanager
     def _noted(self, lease: FinetuneLease) -> Iterator[None]:
