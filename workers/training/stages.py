@@ -471,7 +471,7 @@ def _words_of_data(report: DataReport, resolved: Resolved) -> str:
         words = f"{words}; {dropped:,} of {report.rows:,} were dropped ({reasons})"
     return (
         f"{words}. Training will take {resolved.total_steps:,} steps of {resolved.batch_size} "
-        f"samples, and up to {resolved.disk_bytes / 2**30:.1f} GiB on disk"
+        f"samples, and up to {_size(resolved.disk_bytes)} on disk"
     )
 
 
@@ -482,3 +482,9 @@ def _words_of_start(resolved: Resolved, lent: LentGpus, resume: SavedCheckpoint 
         f"Training {begins} {resolved.total_steps:,} steps of {resolved.batch_size} samples on "
         f"{where}, learning rate {resolved.learning_rate:g}"
     )
+
+
+def _size(size_bytes: int) -> str:
+    if size_bytes < 2**30:
+        return f"{size_bytes / 2**20:.0f} MiB"
+    return f"{size_bytes / 2**30:.1f} GiB"
