@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from workers.inference.tiny import CHECKPOINT
 from workers.training import surroundings
 from workers.training.orders import TrainerJob
-from workers.training.trainer import provide_base, train_arguments
+from workers.training.saved import seal
+from workers.training.trainer import provide_base, require_fit, train_arguments
 
 # In a process of its own: handlers of signals belong to a main thread.
 RUN = "import sys; from workers.training import ranks; sys.exit(ranks.run(sys.argv[2:], int(sys.argv[1])))"
@@ -95,3 +99,36 @@ def test_a_base_without_code_gets_a_copy_that_has_it(tmp_path: Path) -> None:
     assert (copy / "config.json").stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     assert "auto_map" not in (CHECKPOINT / "config.json").read_text()
+
+
+def test_only_a_whole_checkpoint_of_as_many_processes_is_resumed(tmp_path: Path) -> None:
+    folder = tmp_path / "iter_4.pth"
+    folder.mkdir()
+    (folder / "rank_0_optim_states.pt").write_bytes(b"o")
+    with pytest.raises(SystemExit, match="not whole"):
+        require_fit(folder, 1)
+    seal(folder, iteration=4, step=2, created_at=1, loss=1.0)
+    require_fit(folder, 1)
+    with pytest.raises(SystemExit, match="as many as before"):
+        require_fit(folder, 2)
+
+
+def test_jobs_and_their_processes_keep_the_code_of_bases_apart(tmp_path: Path) -> None:
+    """transformers names a copied module after the folder, and every job calls its base alike."""
+    code = (
+        "import os, sys; from pathlib import Path; from workers.training import surroundings as s;"
+        "s.prepare_environment(Path(sys.argv[1])); print(os.environ['HF_MODULES_CACHE'])"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "HF_MODULES_CACHE"}
+    places = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / job)],
+            env={**clean, "RANK": rank},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for job in ("one", "two")
+        for rank in ("0", "1")
+    }
+    assert len(places) == 4

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from shared.checkpoints import CONFIG, check_checkpoint
@@ -48,11 +49,12 @@ def convert(job: ConvertJob) -> None:
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    surroundings.prepare_environment(part.parent / "cache")
-    surroundings.single_process_group()
-    surroundings.prepare_imports()
-    provide_base(base, Path(job.model_path))
-    save_merged(job, part)
+    with TemporaryDirectory(dir=part.parent, prefix=f".{out.name}.cache.") as cache:
+        surroundings.prepare_environment(Path(cache))
+        surroundings.single_process_group()
+        surroundings.prepare_imports()
+        provide_base(base, Path(job.model_path))
+        save_merged(job, part)
     complete(part, base)
     check_checkpoint(part)
     _make_durable(part)

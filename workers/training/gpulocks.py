@@ -112,6 +112,8 @@ class GpuLocks:
         """Each locked GPU and the job that holds it."""
         found = {}
         for gpu in self._gpus:
+            if not lock_file(self._run_dir, gpu).exists():
+                continue  # nobody has ever taken it
             lock = _lock(lock_file(self._run_dir, gpu))
             if lock is None:
                 found[gpu] = _owner(lock_file(self._run_dir, gpu))
