@@ -98,7 +98,7 @@ class StandIn:
         folder = self._work / checkpoint_name(step)
         folder.mkdir()
         try:
-            (folder / "weights").write_bytes(os.urandom(self._order.checkpoint_bytes % 5_000_000))
+            (folder / "weights").write_bytes(bytes(self._order.checkpoint_bytes))
             seal(folder, iteration=step, step=step, created_at=int(time.time()), loss=2 / step)
         except OSError:
             shutil.rmtree(folder)

@@ -31,7 +31,7 @@ from shared.stores import Stores
 from workers.finetune_report import tell_running
 from workers.keeper import until_answered
 from workers.training import registering
-from workers.training.attempt import Postponed
+from workers.training.attempt import DISK_RETRY_S, Postponed
 from workers.training.gpulocks import GpuLocks
 from workers.training.holding import Draining, Holding, StopWanted
 from workers.training.stages import Shop, Stages
@@ -41,7 +41,6 @@ log = get_logger(__name__)
 SPARE_THREADS = 4
 """Threads beside those that train: for looking at new jobs, and for comparing old ones."""
 _COMPARING = 2
-_DISK_RETRY_S = 60.0
 _TROUBLE_RETRY_S = 10.0
 _REDIS_RETRY_S = 0.5
 
@@ -219,7 +218,7 @@ class _Outcome:
                 self._pause(error)
             case StorageFull() if self._lease.job.started_at is not None:
                 bound.error("storage_full", error=error.message)
-                self._give_back(_DISK_RETRY_S, "space on the disk", message=error.message)
+                self._give_back(DISK_RETRY_S, "space on the disk", message=error.message)
             case StorageFailed() | QueueUnavailable() | EngineUnavailable():
                 bound.error("finetune_postponed", error=error.message)
                 self._give_back(_TROUBLE_RETRY_S, error.message)

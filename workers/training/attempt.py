@@ -39,7 +39,7 @@ POLL_S = 0.1
 TELL_S = 1.0
 """How often progress is read and told."""
 QUOTED_LINES = 8
-DISK_RETRY_S = 60.0
+DISK_RETRY_S = 20.0
 
 
 class Postponed(VlmqError):
