@@ -5,14 +5,16 @@ The trainer is the stand-in of tests/stand_in_trainer.py, the engines only prete
 
 from __future__ import annotations
 
+import os
 import re
+import time
 
 import pytest
 
 from shared.finetunes import FinetuneState
 from tests.faults.batches import assert_nothing_left
 from tests.faults.test_storage_full import fill, small_disk
-from tests.finetunes import OWNER, Running, create, start, training_node
+from tests.finetunes import OWNER, QUEUE, Running, create, start, training_node
 from tests.fleets import QUICK, echo, wait_for_states
 from tests.running_node import wait_for
 
@@ -72,45 +74,49 @@ def test_a_job_for_more_gpus_than_there_are_waits_and_others_do_not() -> None:
         assert running.get(large.id).state is FinetuneState.QUEUED
 
 
-def test_a_disk_that_fills_up_loses_no_checkpoint() -> None:
-    """Given a full disk at a checkpoint, then the job waits, says why, and goes on with room."""
-    with training_node(started=False, storage={"min_free_bytes": 0}) as running:
+@pytest.mark.parametrize("left_bytes", [3 << 20, 0])
+def test_a_disk_that_fills_up_loses_no_checkpoint(left_bytes: int) -> None:
+    """Given no room for a checkpoint, or for anything, then the job waits and goes on with room."""
+    with training_node(started=False, storage={"min_free_bytes": 1 << 20}) as running:
         folder = running.node.settings.data_dir / "finetunes"
         with small_disk(folder, 60):
             start(running)
             job = create(running.stores, n_epochs=25)
             running.wait_step(job.id, 25)
             ballast = fill(folder)
-            waiting = running.wait(
-                job.id,
-                lambda now: "disk" in (now.waiting_for or ""),
-                "the job to wait",
-            )
-            assert waiting.state is FinetuneState.QUEUED
-            assert running.processes(job.id) == []
+            os.truncate(ballast, ballast.stat().st_size - left_bytes)
+            wait_for(lambda: running.processes(job.id) == [], "the trainer to end", 30)
+            if left_bytes:
+                waiting = running.wait(
+                    job.id, lambda now: "disk" in (now.waiting_for or ""), "the job to wait"
+                )
+                assert waiting.state is FinetuneState.QUEUED
+            time.sleep(QUEUE["lease_ttl_s"] + 1)
             ballast.unlink()
             running.wait(job.id, lambda now: now.stage == "compare", "the comparison", 90)
             assert "Training waits for disk space" in running.messages(job.id)
             steps = re.findall(r"goes on from step (\d+) of", running.messages(job.id))
-            assert steps
-            assert int(steps[0]) >= 20
+            assert [int(step) >= 20 for step in steps] == [True]
             assert list(running.losses(job.id)) == list(range(1, 151))
+            assert "Its worker" not in running.messages(job.id)
             running.node.stop()
             assert_nothing_left(running.node)
 
 
 def test_a_disk_that_cannot_hold_the_checkpoints_is_told_before_training() -> None:
     """Given too little room from the start, then the job fails with the numbers."""
-    with training_node(started=False, storage={"min_free_bytes": 0}) as running:
-        with small_disk(running.node.settings.data_dir / "finetunes", 20):
-            start(running)
-            failed = running.wait_state(create(running.stores).id, FinetuneState.FAILED)
-            assert failed.error is not None
-            assert failed.error.code == "storage_full"
-            assert "need 32 MiB" in failed.error.message
-            assert failed.started_at is None
-            running.node.stop()
-            assert_nothing_left(running.node)
+    with (
+        training_node(started=False, storage={"min_free_bytes": 0}) as running,
+        small_disk(running.node.settings.data_dir / "finetunes", 20),
+    ):
+        start(running)
+        failed = running.wait_state(create(running.stores).id, FinetuneState.FAILED)
+        assert failed.error is not None
+        assert failed.error.code == "not_enough_disk"
+        assert "need 32 MiB" in failed.error.message
+        assert failed.started_at is None
+        running.node.stop()
+        assert_nothing_left(running.node)
 
 
 def test_a_comparison_that_nobody_serves_pauses_the_job() -> None:

@@ -19,8 +19,8 @@ import msgspec
 from shared.errors import (
     ConversionFailed,
     InvalidValue,
+    NotEnoughDisk,
     QueueUnavailable,
-    StorageFull,
     TrainingConfigInvalid,
     TrainingDataGone,
     VlmqError,
@@ -299,7 +299,7 @@ class Stages:
         hardware = look_at_hardware(lent.gpus, self._folder, min_free)
         try:
             return resolve_job(self._spec, report, base, hardware)
-        except StorageFull as error:
+        except NotEnoughDisk as error:
             if resume is None:
                 raise  # nothing is lost yet, and to wait would hide it
             raise Postponed(error.message, delay_s=DISK_RETRY_S) from None
