@@ -38,6 +38,7 @@ from benchmarks.gpu.finetune_results import (
     CACHED,
     CURVE,
     OURS,
+    SEVERAL,
     STOCK,
     Conversion,
     Findings,
@@ -61,7 +62,6 @@ from benchmarks.gpu.tuned import Variant
 from benchmarks.report import table, write_json
 from shared.errors import ConfigurationError, VlmqError
 
-SEVERAL = "gpus"
 CONVERT = "convert"
 ROWS = (STOCK, OURS, CURVE, CACHED, SEVERAL, CONVERT)
 _OUT = Path(__file__).parents[1] / "results" / "finetune.json"

@@ -88,8 +88,8 @@ def test_a_cache_is_paid_for_by_the_epochs() -> None:
 def test_two_gpus_are_held_against_one() -> None:
     """As fast each as one alone is twice; a third more time is not enough."""
     alone = training(OURS, seconds=1.0)
-    assert by_name(alone, training("gpus", seconds=1.0, gpus=2))["2 GPUs / one"].passed
-    slow = by_name(alone, training("gpus", seconds=1.3, gpus=2))["2 GPUs / one"]
+    assert by_name(alone, training("gpus", seconds=1.0, gpus=2))["gpus: 2 GPUs / one"].passed
+    slow = by_name(alone, training("gpus", seconds=1.3, gpus=2))["gpus: 2 GPUs / one"]
     assert slow.passed is False
 
 

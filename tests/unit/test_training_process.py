@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -111,24 +110,3 @@ def test_only_a_whole_checkpoint_of_as_many_processes_is_resumed(tmp_path: Path)
     require_fit(folder, 1)
     with pytest.raises(SystemExit, match="as many as before"):
         require_fit(folder, 2)
-
-
-def test_jobs_and_their_processes_keep_the_code_of_bases_apart(tmp_path: Path) -> None:
-    """transformers names a copied module after the folder, and every job calls its base alike."""
-    code = (
-        "import os, sys; from pathlib import Path; from workers.training import surroundings as s;"
-        "s.prepare_environment(Path(sys.argv[1])); print(os.environ['HF_MODULES_CACHE'])"
-    )
-    clean = {name: value for name, value in os.environ.items() if name != "HF_MODULES_CACHE"}
-    places = {
-        subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / job)],
-            env={**clean, "RANK": rank},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for job in ("one", "two")
-        for rank in ("0", "1")
-    }
-    assert len(places) == 4

@@ -381,8 +381,17 @@ class Stages:
                 message=f"The tuned model answers as {name}",
                 fine_tuned_model=name,
                 result_files=results,
+                trained_tokens=self._trained_tokens(trained),
             )
         )
+
+    def _trained_tokens(self, trained: SavedCheckpoint | None) -> int | None:
+        """The tokens of all rows by how often training saw them; None for a recipe of one's own."""
+        if trained is None or self._spec.config_file is not None:
+            return None
+        report = find_report(self._folder)
+        epochs = self._spec.resolved.get("n_epochs")
+        return None if epochs is None else report.train_tokens * int(epochs)
 
     # --- ground --------------------------------------------------------------------------------
 
