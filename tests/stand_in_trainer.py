@@ -70,8 +70,7 @@ class StandIn:
 
     def train(self) -> None:
         signal.signal(signal.SIGTERM, self._hear)
-        sys.stdout.write("the stand-in trains\n")
-        sys.stdout.flush()
+        sys.stderr.write("the stand-in trains\n")
         scalars = self._work / str(time.time_ns()) / "vis_data" / "scalars.json"
         scalars.parent.mkdir(parents=True)
         per_epoch = max(1.0, self._total / 3)

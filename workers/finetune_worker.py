@@ -30,7 +30,6 @@ from shared.settings import Settings
 from shared.stores import Stores
 from workers.finetune_report import tell_running
 from workers.keeper import until_answered
-from workers.placement import gpus_of
 from workers.training import registering
 from workers.training.attempt import Postponed
 from workers.training.gpulocks import GpuLocks
@@ -159,12 +158,10 @@ class FinetuneWorker:
                 "checkpoint; their machines' logs say why"
             )
 
-    def _served_gpus(self) -> set[str]:
-        """GPUs on which this node's engines run, so that the fleet has to free them."""
-        node = self._settings.node
-        if "engines" not in node.roles:
-            return set()
-        return {gpu for entry in node.serve for gpu in gpus_of(entry)}
+    def _served_gpus(self) -> tuple[str, ...]:
+        """GPUs that the fleet has to free. It answers for all of them, used by engines or not."""
+        settings = self._settings
+        return settings.finetune.gpus if "engines" in settings.node.roles else ()
 
     @contextlib.contextmanager
     def _noted(self, lease: FinetuneLease) -> Iterator[None]:

@@ -143,8 +143,8 @@ def test_a_gpu_that_no_engine_uses_is_free_at_once() -> None:
 
 
 def test_a_node_that_starts_while_its_gpu_is_lent_loads_nothing() -> None:
-    """It is up, says why, and loads when the GPU comes back; what is on demand waits to be asked."""
-    models = (echo("a", memory_share=0.5), on_demand("b", memory_share=0.6))
+    """It is up and says why; what fits is loaded when the GPU comes back."""
+    models = (echo("a", memory_share=0.5), on_demand("b", memory_share=0.5))
     with running_node(models=models, node=QUICK, start=False) as node:
         (node.settings.run_dir / "lent").mkdir(mode=0o700, parents=True)
         node.settings.run_dir.chmod(0o700)
@@ -154,6 +154,7 @@ def test_a_node_that_starts_while_its_gpu_is_lent_loads_nothing() -> None:
             wait_for(lambda: reported(node) == ["lent", "lent"], "the report", LIMIT_S, node.story)
             assert node.engine_pids() == []
         wait_for_states(node, "a", "ready")
+        wait_for_states(node, "b", "ready")
 
 
 def reported(node: RunningNode) -> list[str]:

@@ -121,7 +121,7 @@ def test_the_same_configuration_gives_stock_xtuners_losses(site: Site, straight:
     script = (
         "import runpy, sys; from pathlib import Path; "
         "from workers.training import surroundings as s; "
-        f"s.prepare_environment(Path({str(site.root)!r}), Path({str(site.root / 'code')!r})); "
+        f"s.prepare_environment(Path({str(site.root)!r})); "
         "s.single_process_group(); s.prepare_imports(); s.skip_compiling(); import xtuner; "
         "path = str(Path(xtuner.__file__).parent / 'tools/train.py'); "
         "sys.argv = [path, *sys.argv[1:]]; runpy.run_path(path, run_name='__main__')"

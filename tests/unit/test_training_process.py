@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from workers.inference.tiny import CHECKPOINT
-from workers.training import surroundings
 from workers.training.orders import TrainerJob
 from workers.training.saved import seal
 from workers.training.trainer import provide_base, require_fit, train_arguments
@@ -54,8 +53,20 @@ def test_one_that_was_killed_ends_the_others() -> None:
     assert shown.returncode == 128 + 9
 
 
-def test_ports_are_free_ones() -> None:
-    assert len({surroundings.free_port() for _ in range(5)}) > 1
+def test_two_jobs_on_one_machine_have_ports_of_their_own() -> None:
+    """DeepSpeed's own is fixed, so the second job would fail."""
+    code = (
+        "import os; from workers.training import surroundings as s; s.single_process_group();"
+        "print(os.environ['WORLD_SIZE'], os.environ['MASTER_PORT'])"
+    )
+    shown = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(4)
+    ]
+    pairs = [one.stdout.split() for one in shown]
+    assert {size for size, _ in pairs} == {"1"}
+    assert "29500" not in {port for _, port in pairs}
+    assert len({port for _, port in pairs}) > 1
 
 
 def test_a_left_out_library_says_so_when_it_is_used() -> None:

@@ -50,7 +50,7 @@ def convert(job: ConvertJob) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     with TemporaryDirectory(dir=part.parent, prefix=f".{out.name}.cache.") as cache:
-        surroundings.prepare_environment(Path(cache), Path(cache) / "code")
+        surroundings.prepare_environment(Path(cache))
         surroundings.single_process_group()
         surroundings.prepare_imports()
         provide_base(base, Path(job.model_path))

@@ -106,7 +106,7 @@ class SaveHook(Hook):  # type: ignore[misc]
         stopping = self._is_stopping()
         last = iteration >= runner.max_iters
         if stopping or last or self._is_due(iteration, iterations_per_step(runner)):
-            self._save(runner, iteration, float(outputs["loss"]))
+            self._save(runner, iteration, float(outputs["loss"].detach()))
         if stopping and not last:
             raise TrainingStopped(TrainerExit.STOPPED)
 

@@ -39,11 +39,8 @@ def train(job: TrainerJob) -> None:
         require_fit(Path(job.resume), max(1, job.gpus))
     work_dir = Path(job.work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
-    own = work_dir / "cache"
-    rank = os.environ.get("RANK", "0") if ranks.MARK in os.environ else "0"
-    surroundings.prepare_environment(
-        Path(job.cache_dir) if job.cache_dir else own, own / f"code-{rank}"
-    )
+    cache_dir = Path(job.cache_dir) if job.cache_dir else work_dir / "cache"
+    surroundings.prepare_environment(cache_dir, modules=work_dir / "modules")
     if ranks.MARK not in os.environ:
         surroundings.single_process_group()
     surroundings.prepare_imports()
