@@ -15,7 +15,7 @@ from shared.errors import Forbidden, InvalidValue, NotFound
 from shared.finetunes import FinetuneSpec
 from shared.jobs import Batch
 from shared.models import MAX_NAME_CHARACTERS
-from shared.tunable import WHAT_WORKS, require_tunable
+from shared.tunable import WHAT_WORKS, require_consent, require_tunable
 
 _LONGEST_CHECKPOINT = ":ckpt-step-9999999"
 _DATA_PURPOSES = ("fine-tune",)
@@ -62,6 +62,7 @@ def _check_model(name: str) -> None:
     # A checkpoint may lie on a worker's own disk; the worker looks then.
     if (Path(record.path) / CONFIG).is_file():
         require_tunable(name, Path(record.path))
+        require_consent(record)
 
 
 def _check_batch(batch_id: str) -> None:

@@ -38,8 +38,8 @@ def link_untrained(folder: Path, data_dir: Path) -> None:
     """Make a model that has learned nothing, and link it while the server runs."""
     out = folder / "untrained"
     _run("workers.inference.tiny.untrained", str(out))
-    arguments = ["models", "link", BASE, str(out), "--trust-remote-code"]
-    click.echo(f"\n$ vlmq models link {BASE} {out.name} --trust-remote-code")
+    arguments = ["models", "link", BASE, str(out)]
+    click.echo(f"\n$ vlmq models link {BASE} {out.name}")
     _run("cli.main", *arguments, "--data-dir", str(data_dir))
 
 

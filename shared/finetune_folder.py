@@ -73,6 +73,10 @@ class FinetuneFolder:
         self.write_event(event)
         write_json(self.path / "job.json", spec)
 
+    def exists(self) -> bool:
+        """Whether the job was created; ``job.json`` is what makes it exist."""
+        return (self.path / "job.json").exists()
+
     def spec(self) -> FinetuneSpec | None:
         """What was asked for; ``None`` if the creation was never finished."""
         value = read_json(self.path / "job.json")
@@ -167,16 +171,18 @@ class FinetuneFolder:
 
     def events(self) -> tuple[list[StoredEvent], list[str]]:
         """Everything that happened, oldest first, each event once; and what could not be read."""
-        found: list[StoredEvent] = []
+        found: list[tuple[int, StoredEvent]] = []
         damaged: list[str] = []
         for path in self._event_files():
+            told_ms = 0
             for event in _parse(path):
                 if isinstance(event, str):
                     damaged.append(event)
-                else:
-                    found.append(event)
-        found.sort(key=lambda event: event.at_ms)  # stable: a holder's own order is kept
-        firsts = {event.key: event for event in reversed(found)}
+                    continue
+                told_ms = max(told_ms, event.at_ms)  # a holder's own order is kept
+                found.append((told_ms, event))
+        found.sort(key=lambda row: row[0])
+        firsts = {event.key: event for _, event in reversed(found)}
         return list(firsts.values())[::-1], damaged
 
     def _event_files(self) -> Iterable[Path]:

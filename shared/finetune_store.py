@@ -98,10 +98,16 @@ class NewEvent(msgspec.Struct, frozen=True):
 
 
 class _Unsent(msgspec.Struct, frozen=True):
-    """Events of a holder on disk that Redis has not acknowledged, and what comes before them."""
+    """What a holder has on disk that Redis has not acknowledged.
 
-    events: list[StoredEvent]
-    acknowledged_bytes: int
+    ``acknowledged_bytes`` of its file of events come before ``events``; ``to`` is a new state;
+    ``acknowledged`` is the record as it was before.
+    """
+
+    acknowledged: dict[str, Any] | None
+    events: list[StoredEvent] = []
+    acknowledged_bytes: int = 0
+    to: FinetuneState | None = None
 
 
 class FinetuneStore:
@@ -284,7 +290,12 @@ class FinetuneStore:
             return None  # removed in this very moment
         step = None if unit == _JOB.encode() else int(unit)
         lease = FinetuneLease(kind, job, token, worker, attempts, step)
-        return lease if step is not None else self._taken_over(lease)
+        if step is not None:
+            return lease
+        if not FinetuneFolder(self.path(job_id)).exists():
+            self._forget(lease)
+            return self.claim(kind, worker, gpus)
+        return self._taken_over(lease)
 
     def renew(self, lease: FinetuneLease) -> Wanted:
         """Hold on for another TTL; says what is wanted of the job by now.
@@ -363,8 +374,10 @@ class FinetuneStore:
 
         A running job is queued again. ``waiting_for`` says why, to people; ``counts`` adds one to its
         attempts; ``message`` becomes an event. A lease that was lost is none to give back: no error.
+        On a full disk Redis alone is told.
 
-        Raises: StorageFull, StorageFailed, QueueUnavailable (the lease then expires by itself).
+        Raises: StorageFailed if the record cannot be read, QueueUnavailable (the lease then expires by
+        itself).
         """
         delay_ms = int(delay_s * 1000)
         if lease.step is not None:
@@ -533,20 +546,48 @@ class FinetuneStore:
         )
         event = NewEvent(message or "Interrupted; it goes on from its last checkpoint", level)
         events = [_stored(event, key=f"released:{lease.token}")] if message or to else []
-        self._update(lease, changed, events, to=to, lets_go=True, delay_ms=delay_ms)
+        try:
+            self._update(lease, changed, events, to=to, lets_go=True, delay_ms=delay_ms)
+        except (StorageFull, StorageFailed) as error:
+            # A rebuild makes the same of the record that is there: the lease need not expire.
+            log.warning("released_without_record", job_id=lease.job_id, error=str(error))
+            answer = self._script_update(lease, changed, to=to, delay_ms=delay_ms, events=events)
+            if answer is None:
+                raise LeaseLost() from error
+
+    def _forget(self, lease: FinetuneLease) -> None:
+        """Drop a job that has no folder: its creation failed after Redis had heard of it."""
+        log.error("finetune_without_folder", job_id=lease.job_id)
+        self._script_update(lease, lease.job, to=FinetuneState.FAILED)
+        self.remove(lease.job)
 
     def _hand_back(self, lease: FinetuneLease) -> None:
         """Let go of a job as it was, for it could not be taken over."""
-        self._scripts(
+        self._script_update(lease, lease.job, delay_ms=_HAND_BACK_MS)
+
+    def _script_update(
+        self,
+        lease: FinetuneLease,
+        record: Finetune,
+        *,
+        to: FinetuneState | None = None,
+        lets_go: bool = True,
+        delay_ms: int = 0,
+        step_s: str = "",
+        events: Sequence[StoredEvent] = (),
+    ) -> Any:
+        """The answer of ``ft_update``: None for a lost lease, ``b"refused"``, or event texts."""
+        return self._scripts(
             "ft_update",
             lease.job_id,
             lease.token,
-            "",
-            1,
-            _HAND_BACK_MS,
-            unix_now(),
-            *_record_args(lease.job),
-            "",
+            to.value if to else "",
+            int(lets_go),
+            delay_ms,
+            record.finished_at or unix_now(),
+            *_record_args(record),
+            step_s,
+            *(part for event in events for part in _event_args(event)),
         )
 
     def _own(self, lease: FinetuneLease) -> Finetune:
@@ -568,23 +609,21 @@ class FinetuneStore:
         delay_ms: int = 0,
         resend: Sequence[StoredEvent] = (),
     ) -> None:
-        """Write a record and events down, then tell Redis in one step."""
+        """Write a record and events down, then tell Redis in one step.
+
+        A step that Redis did not hear of is done with the next one: it is on disk already.
+        """
         folder = FinetuneFolder(self.path(lease.job_id))
-        before = folder.read_state(lease.token)
-        unsent = self._written(folder, lease, events)
-        folder.write_state(lease.token, _to_disk(record))
-        sent = [*resend, *unsent.events]
-        answer = self._scripts(
-            "ft_update",
-            lease.job_id,
-            lease.token,
-            to.value if to else "",
-            int(lets_go),
-            delay_ms,
-            record.finished_at or unix_now(),
-            *_record_args(record),
-            _step_seconds(unsent.events),
-            *(part for event in sent for part in _event_args(event)),
+        unsent = self._written(folder, lease, record, events, to)
+        lets_go = lets_go or unsent.to not in (None, FinetuneState.RUNNING)
+        answer = self._script_update(
+            lease,
+            record,
+            to=unsent.to,
+            lets_go=lets_go,
+            delay_ms=delay_ms,
+            step_s=_step_seconds(unsent.events),
+            events=[*resend, *unsent.events],
         )
         with self._unsent_lock:
             self._unsent.pop((lease.job_id, lease.token), None)
@@ -592,30 +631,46 @@ class FinetuneStore:
             # A rebuild must not take what was refused for what happened.
             if unsent.events:
                 folder.truncate_events(lease.token, unsent.acknowledged_bytes)
-            if before is not None:
-                folder.write_state(lease.token, before)
+            if unsent.acknowledged is not None:
+                folder.write_state(lease.token, unsent.acknowledged)
             if answer is None:
                 raise LeaseLost()
-            raise IllegalTransition(f"the fine-tune cannot become {to}")
+            raise IllegalTransition(f"the fine-tune cannot become {unsent.to}")
         self._write_told(lease.job_id, answer)
         if lets_go:
             self._announce()
 
     def _written(
-        self, folder: FinetuneFolder, lease: FinetuneLease, events: Sequence[StoredEvent]
+        self,
+        folder: FinetuneFolder,
+        lease: FinetuneLease,
+        record: Finetune,
+        events: Sequence[StoredEvent],
+        to: FinetuneState | None,
     ) -> _Unsent:
-        """Append events to disk; answers all those that Redis has not acknowledged."""
+        """Write both down, or neither; answers all that Redis has not acknowledged."""
         mine = (lease.job_id, lease.token)
         with self._unsent_lock:
-            unsent = self._unsent.get(mine, _Unsent([], 0))
+            unsent = self._unsent.get(mine)
+        if unsent is None:
+            unsent = _Unsent(acknowledged=folder.read_state(lease.token))
         known = {event.key for event in unsent.events}
         new = [event for event in events if event.key not in known]
-        if new:
-            length = folder.append_events(lease.token, new)
-            acknowledged = unsent.acknowledged_bytes if unsent.events else length
-            unsent = _Unsent([*unsent.events, *new], acknowledged)
-            with self._unsent_lock:
-                self._unsent[mine] = unsent
+        length = folder.append_events(lease.token, new) if new else 0
+        try:
+            folder.write_state(lease.token, _to_disk(record))
+        except (StorageFull, StorageFailed):
+            if new:
+                folder.truncate_events(lease.token, length)
+            raise
+        unsent = _Unsent(
+            acknowledged=unsent.acknowledged,
+            events=[*unsent.events, *new],
+            acknowledged_bytes=unsent.acknowledged_bytes if unsent.events else length,
+            to=to or unsent.to,
+        )
+        with self._unsent_lock:
+            self._unsent[mine] = unsent
         return unsent
 
     def _write_told(self, job_id: str, told: Sequence[bytes]) -> None:

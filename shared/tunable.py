@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoints import CONFIG, read_object
-from shared.errors import InvalidValue
+from shared.checkpoints import CONFIG, own_code, read_object
+from shared.errors import InvalidValue, RemoteCodeRefused
+from shared.models import ModelRecord
 
 ARCHITECTURE = "InternVLChatModel"
 LANGUAGE_MODELS = {"InternLM2ForCausalLM": "InternLM2", "Phi3ForCausalLM": "Phi-3"}
@@ -35,6 +36,19 @@ def require_tunable(model: str, folder: Path) -> str:
     if language not in LANGUAGE_MODELS:
         raise _refused(model, f"has the language model {language or '(none named)'}")
     return language
+
+
+def require_consent(record: ModelRecord) -> None:
+    """Refuse a base whose own code training would run without consent. Raises: RemoteCodeRefused."""
+    if record.path is None or record.trust_remote_code:
+        return
+    code = own_code(Path(record.path))
+    if code is not None:
+        raise RemoteCodeRefused(
+            f"the model '{record.name}' carries code of its own ({code}), which training would run; "
+            "read it, and if you trust it link the model again with --replace --trust-remote-code",
+            param="model",
+        )
 
 
 def _first(architectures: Any) -> str | None:

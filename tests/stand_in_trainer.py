@@ -70,7 +70,7 @@ class StandIn:
 
     def train(self) -> None:
         signal.signal(signal.SIGTERM, self._hear)
-        print("the stand-in trains", flush=True)
+        sys.stderr.write("the stand-in trains\n")
         scalars = self._work / str(time.time_ns()) / "vis_data" / "scalars.json"
         scalars.parent.mkdir(parents=True)
         per_epoch = max(1.0, self._total / 3)

@@ -79,6 +79,7 @@ class Run:
                 stdout=stream,
                 stderr=stream,
                 env=ENVIRONMENT,
+                start_new_session=True,
             ) as process,
         ):
             try:
@@ -125,22 +126,18 @@ class Site:
             longest_tokens=None,
             seed=5,
             base=read_base_facts(self.base),
-            hardware=CPU,
+            hardware=msgspec.structs.replace(CPU, gpus=order.get("gpus", 0)),
         )
         model_path = order.pop("model_path", self.root / "base")
         config = self.root / f"config{self._runs}.py"
         paths = TrainingPaths(model_path, self.root / "train.json", self.root / "images")
-        text = render(resolved, paths)
         micro = order.pop("micro_batch_size", None)
         if micro is not None:
-            accumulation = resolved.batch_size // micro
-            text = render(
-                msgspec.structs.replace(
-                    resolved, micro_batch_size=micro, accumulation=accumulation
-                ),
-                paths,
+            resolved = msgspec.structs.replace(
+                resolved, micro_batch_size=micro, accumulation=resolved.batch_size // micro
             )
-        config.write_text(text)
+        # Several processes on the processor stand for several GPUs.
+        config.write_text(render(resolved, paths).replace("'nccl'", "'gloo'"))
         plain = TrainerJob(
             config=str(config),
             work_dir=str(self.root / f"work{self._runs}"),

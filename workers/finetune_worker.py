@@ -158,10 +158,10 @@ class FinetuneWorker:
                 "checkpoint; their machines' logs say why"
             )
 
-    def _served_gpus(self) -> set[str]:
-        """GPUs that the fleet of this node has to free: it says so at once of those nobody uses."""
-        engines = "engines" in self._settings.node.roles
-        return set(self._settings.finetune.gpus) if engines else set()
+    def _served_gpus(self) -> tuple[str, ...]:
+        """GPUs that the fleet has to free. It answers for all of them, used by engines or not."""
+        settings = self._settings
+        return settings.finetune.gpus if "engines" in settings.node.roles else ()
 
     @contextlib.contextmanager
     def _noted(self, lease: FinetuneLease) -> Iterator[None]:

@@ -17,6 +17,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,7 @@ from benchmarks.gpu.finetune_results import (
     CACHED,
     CURVE,
     OURS,
+    SEVERAL,
     STOCK,
     Conversion,
     Findings,
@@ -59,7 +62,6 @@ from benchmarks.gpu.tuned import Variant
 from benchmarks.report import table, write_json
 from shared.errors import ConfigurationError, VlmqError
 
-SEVERAL = "gpus"
 CONVERT = "convert"
 ROWS = (STOCK, OURS, CURVE, CACHED, SEVERAL, CONVERT)
 _OUT = Path(__file__).parents[1] / "results" / "finetune.json"
@@ -85,8 +87,9 @@ class Session:
     model: Path = Path()
     data: Rows | None = None
     configs: dict[str, Path] = field(default_factory=dict)
-    """Of trainings that went to their end, with their work folders beside."""
+    """Of trainings that went to their end and are converted."""
     works: dict[str, Path] = field(default_factory=dict)
+    """Their work folders."""
 
     @property
     def tutorial(self) -> Tutorial:
@@ -220,10 +223,16 @@ def _ours(session: Session, variant: Variant) -> None:
                 resolved.accumulation,
                 _warm_up(session, resolved.micro_batch_size * variant.gpus),
                 observed,
-                {**_shown(ordered.speed), "data_workers": str(resolved.data_workers)},
+                cached_s=_cached_s(session.folder / f"{name}.log"),
+                settings={**_shown(ordered.speed), "data_workers": str(resolved.data_workers)},
             )
         )
-        session.configs[name], session.works[name] = ordered.config, ordered.work
+        if name == OURS:
+            session.configs[name], session.works[name] = ordered.config, ordered.work
+    if name not in session.works:
+        # Gigabytes each: checkpoints and features.
+        for left in (ordered.work, session.folder / f"{name}.features"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _train(
@@ -255,6 +264,12 @@ def _train(
         f"losses {observed.iterations[0].loss:.3f} to {observed.iterations[-1].loss:.3f}"
     )
     return observed
+
+
+def _cached_s(log: Path) -> float | None:
+    """Seconds that the trainer says its cache of features took; None without one."""
+    found = re.search(r"Features are cached after ([\d.]+) s", log.read_text(errors="replace"))
+    return float(found[1]) if found else None
 
 
 def _convert(session: Session) -> None:

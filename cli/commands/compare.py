@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from cli.commands.chat import content
 from cli.options import connect, json_option, server_options
 from cli.output import note, out, print_json
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 PROMPT = "Describe the image."
 NARROWEST = 24
 """Columns narrower than this are printed one below the other instead."""
@@ -76,7 +78,7 @@ def show(answers: Sequence[Answer], width: int) -> None:
             out.print(Text(answer.model, style="bold"))
             out.print(Text(textwrap.indent(_words(answer), "  ")))
         return
-    table = Table(width=width, pad_edge=False)
+    table = Table(width=width)
     for answer in answers:
         table.add_column(Text(answer.model), overflow="fold", ratio=1)
     table.add_row(*(Text(_words(answer)) for answer in answers))
@@ -103,6 +105,8 @@ def _ask(client: Client, request: Json) -> Answer:
 
 
 def _words(answer: Answer) -> str:
+    # A model may say anything, also what a terminal would obey.
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", answer.text)
     if answer.error is None:
-        return answer.text
-    return f"{answer.text}(no answer)" if not answer.text else f"{answer.text} (broke off)"
+        return text
+    return f"{text} (broke off)" if text else "(no answer)"

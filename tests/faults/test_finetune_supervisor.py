@@ -238,6 +238,20 @@ def test_a_later_attempt_waits_until_the_earlier_has_saved(
     assert (tmp_path / "checkpoint").read_text() == "whole"
 
 
+def test_an_attempt_that_was_overtaken_leaves_the_next_one_alone(tmp_path: Path, job: str) -> None:
+    """Given a worker that slept past its lease, when it sweeps, then the job's next trainer lives."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    overtaken = start(folders[0], job, POLITE)
+    assert end_earlier(job, wait_s=LIMIT_S) == []
+    following = start(folders[1], job, POLITE)
+    assert ending(overtaken, folders[0]).status == 64
+    assert not following.ended()
+    following.stop()
+    assert ending(following, folders[1]).status == 64
+
+
 def test_a_later_attempt_does_not_wait_for_ever(
     job: str, consumer: Callable[[str], subprocess.Popen[bytes]]
 ) -> None:

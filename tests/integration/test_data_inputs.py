@@ -51,14 +51,15 @@ def test_uploads_an_archive_and_single_images(own_stores: Stores, tmp_path: Path
     single = upload(own_stores, jpeg(50), purpose="vision").id
     foreign = upload(own_stores, jpeg(51), owner="bob", purpose="vision").id
     rows = [*map(llava, names), llava(single), llava(foreign), llava("/etc/hostname")]
+    rows.append(llava("http://127.0.0.1:9/inside.jpg"))
     spec = finetune(uploaded(own_stores, rows), images=images)
     report = prepare(own_stores, spec)
-    assert (report.rows, report.usable, report.images) == (11, 9, 9)
-    assert report.dropped == {"image_not_found": 1, "image_forbidden": 1}
+    assert (report.rows, report.usable, report.images) == (12, 9, 9)
+    assert report.dropped == {"image_not_found": 1, "image_forbidden": 2}
     assert report.exact_tokens
     folder = own_stores.layout.finetune_dir(spec.id)
     assert all(row["length"] > 0 for row in rows_of(folder, "train"))
-    assert msgspec.json.decode(msgspec.json.encode(msgspec.to_builtins(report)))["rows"] == 11
+    assert msgspec.json.decode(msgspec.json.encode(msgspec.to_builtins(report)))["rows"] == 12
 
 
 def test_a_folder_below_a_root(redis_url: str, tmp_path: Path) -> None:

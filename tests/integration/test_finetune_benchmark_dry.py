@@ -52,6 +52,10 @@ def test_our_losses_are_those_of_stock_training(tmp_path: Path) -> None:
     for theirs, own in zip(stock, ours, strict=True):
         assert own["loss"] == pytest.approx(theirs["loss"], abs=0.002)
         assert own["lr"] == pytest.approx(theirs["lr"])
+    log = out.with_suffix(".log").read_text(errors="replace")
+    # Two layers of the ViT and three of the language model.
+    assert "PyTorch's attention in 5 modules" in log
+    assert "logits of labelled tokens" in log
     assert max(entry["lr"] for entry in stock) == pytest.approx(3e-5)
 
 

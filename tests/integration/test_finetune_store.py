@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,18 @@ def test_a_job_for_which_there_is_no_room_leaves_nothing(redis_url: str, tmp_pat
             create(stores)
         assert list(stores.layout.finetunes.iterdir()) == []
         assert stores.redis.keys("vlmq:*finetune*") == []
+
+
+def test_a_job_without_a_folder_is_forgotten_by_whoever_claims_it(stores: Stores) -> None:
+    """Its creation failed when Redis had heard of it, or somebody deleted the folder."""
+    gone, other = create(stores), create(stores)
+    shutil.rmtree(stores.finetunes.path(gone.id))
+    assert claim(stores, "validate").job_id == other.id
+    with pytest.raises(NotFound):
+        now(stores, gone)
+    assert stores.redis.keys(f"vlmq:*{gone.id}*") == []
+    assert stores.gauges.read().finetunes["validating_files"] == 1
+    assert stores.redis.smembers("vlmq:users:file-train") == {other.id.encode()}
 
 
 # --- pause, resume, cancel ----------------------------------------------------------------------

@@ -72,6 +72,11 @@ def test_a_checkpoint_takes_what_was_estimated(straight: Run) -> None:
     assert straight.checkpoints()[0].size_bytes == pytest.approx(expected, rel=0.3)
 
 
+def test_nothing_was_compiled(straight: Run) -> None:
+    """DeepSpeed would build an operation with g++ and ninja at its first use, for half a minute."""
+    assert not (straight.work_dir / "cache" / "torch_extensions").exists()
+
+
 def test_lora_is_on_what_was_named_and_not_on_the_head(straight: Run) -> None:
     folder = straight.checkpoints()[-1].path
     saved = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]

@@ -181,3 +181,11 @@ def test_answers_stand_side_by_side_where_there_is_room(
     show(answers, 30)
     narrow = capsys.readouterr().out.splitlines()
     assert narrow == ["base", "  a dog", "tuned", "  (no answer)"]
+
+
+def test_a_model_does_not_speak_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Control characters of an answer are shown as such; lines and tabs stay."""
+    show([Answer("base", "a\x1b]0;title\x07\nb\tc\x9b31m"), Answer("tuned", "d")], 20)
+    said = capsys.readouterr().out
+    assert "a\ufffd]0;title\ufffd" in said
+    assert not {"\x1b", "\x07", "\x9b"} & set(said)

@@ -176,6 +176,14 @@ class TestWhereImagesAre:
         report = prepared(job, named(5), archive=path, held_out_share=0)
         assert report.dropped == {"image_ambiguous": 1}
 
+    def test_a_name_that_is_not_there_is_shown_one_that_is(
+        self, tmp_path: Path, job: Path, photos: Path
+    ) -> None:
+        rows = [*named(), llava("coco/train/1.jpg")]
+        report = prepared(job, rows, archive=packed(tmp_path, photos, "train"))
+        assert report.dropped == {"image_not_found": 1}
+        assert "named like 'train/" in report.bad_rows[0].message
+
     def test_in_data_urls_each_once(self, job: Path) -> None:
         rows = [openai(inline(jpeg(n % 3))) for n in range(9)]
         report = prepared(job, rows, held_out_share=0)
@@ -229,6 +237,16 @@ class TestWhereImagesAre:
 
 
 class TestImagesAreVerified:
+    def test_what_happens_to_the_originals_later_does_not_matter(
+        self, job: Path, photos: Path
+    ) -> None:
+        prepared(job, named(), folder=photos, held_out_share=0)
+        for path in photos.iterdir():
+            path.write_bytes(b"")
+            path.unlink()
+        for row in rows_of(job, "train"):
+            image_of(job, row).load()
+
     def test_what_xtuner_would_replace_by_another_row_is_dropped(
         self, job: Path, photos: Path
     ) -> None:
@@ -438,6 +456,11 @@ class TestSplit:
         report = prepared(job, named(), folder=photos, validation=path, max_bad_share=0)
         assert (report.train, report.held_out) == (6, 6)
 
+    def test_one_that_is_the_training_file_leaves_nothing(self, job: Path, photos: Path) -> None:
+        path = write_lines(job.parent / "rows.jsonl", named())
+        with pytest.raises(TooFewRows, match="12 in_validation_file"):
+            prepared(job, path, folder=photos, validation=path)
+
     def test_a_validation_file_of_no_use_fails_by_name(self, job: Path, photos: Path) -> None:
         path = write_lines(job.parent / "validation.jsonl", [llava("none.jpg")])
         with pytest.raises(TooFewRows) as caught:
@@ -590,24 +613,45 @@ class TestWholeOrAbsent:
         assert prepared(job, named(), folder=photos).usable == 12
         assert [path.name for path in job.iterdir()] == ["data"]
 
-    def test_of_two_at_once_one_folder_remains(self, job: Path, photos: Path) -> None:
-        """The slower one, whose lease is lost, finds the other's folder in its place."""
-        raced: list[bool] = []
+    @pytest.mark.parametrize("step", [1, 8, 16, 24, 32])
+    def test_of_two_at_once_the_earlier_one_fails_and_makes_no_half_folder(
+        self, job: Path, photos: Path, step: int
+    ) -> None:
+        """A worker whose lease was lost unnoticed, overtaken at different points of its way."""
+        steps: list[int] = []
 
-        def race() -> None:
-            if len(raced) == 1:
-                raced.append(True)
-                with pytest.raises(StopIteration):
-                    prepared(job, named(), folder=photos, keep_going=stop_at_once)
-            raced.append(True)
+        def overtaken() -> None:
+            steps.append(0)
+            if len(steps) == step:
+                with pytest.raises(LeaseLost):
+                    prepared(job, named(), folder=photos, keep_going=stop)
 
-        def stop_at_once() -> None:
-            raise StopIteration
+        def stop() -> None:
+            raise LeaseLost
 
-        with pytest.raises(StorageFailed):  # its scratch folder was taken for one left behind
-            prepared(job, named(), folder=photos, keep_going=race)
+        with pytest.raises(StorageFailed):
+            prepared(job, named(), folder=photos, keep_going=overtaken)
+        assert len(steps) >= step
         assert list(job.iterdir()) == []
-        assert prepared(job, named(), folder=photos).usable == 12
+
+    def test_whoever_is_second_takes_what_the_first_has_made(self, job: Path, photos: Path) -> None:
+        steps: list[int] = []
+        scratch_name = ""
+
+        def overtaken() -> None:
+            nonlocal scratch_name
+            steps.append(0)
+            if len(steps) == 3:
+                # Out of the way, as on a machine that does not see it yet.
+                (scratch,) = job.iterdir()
+                scratch_name = scratch.name
+                aside = scratch.rename(job.parent / "aside")
+                prepared(job, named(), folder=photos, seed=5)
+                aside.rename(job / scratch_name)
+
+        report = prepared(job, named(), folder=photos, keep_going=overtaken, seed=6)
+        assert report == read_report(job)
+        assert [path.name for path in job.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize("mib", [1, 2, 4])

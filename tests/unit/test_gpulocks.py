@@ -100,9 +100,9 @@ def test_training_waits_until_the_engines_have_left(tmp_path: Path) -> None:
     machine = locks(tmp_path, "0", "1", served=("0", "1"))
     lent = taken(machine.take(2, "ftjob-a"))
     assert machine.wait_until_free(lent, wait_s=0.3, keep_going=go_on) == ["0", "1"]
-    free_file(tmp_path, "0").touch()
+    free_file(tmp_path, "0").write_text("ftjob-a\n")
     assert machine.wait_until_free(lent, wait_s=0.3, keep_going=go_on) == ["1"]
-    free_file(tmp_path, "1").touch()
+    free_file(tmp_path, "1").write_text("ftjob-a\n")
     assert machine.wait_until_free(lent, wait_s=0.3, keep_going=go_on) == []
 
 
@@ -110,8 +110,10 @@ def test_what_was_said_to_an_earlier_holder_does_not_count(tmp_path: Path) -> No
     """Given a word of the fleet from last time, when the GPU is taken again, then it is gone."""
     machine = locks(tmp_path, "0", served=("0",))
     lock_file(tmp_path, "0").parent.mkdir()
-    free_file(tmp_path, "0").touch()
+    free_file(tmp_path, "0").write_text("ftjob-a\n")
     lent = taken(machine.take(1, "ftjob-b"))
+    assert machine.wait_until_free(lent, wait_s=0.3, keep_going=go_on) == ["0"]
+    free_file(tmp_path, "0").write_text("ftjob-a\n")  # the fleet had not looked again
     assert machine.wait_until_free(lent, wait_s=0.3, keep_going=go_on) == ["0"]
 
 

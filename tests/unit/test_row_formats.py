@@ -224,6 +224,7 @@ BAD: list[tuple[str, Any, str, str | None]] = [
         "invalid_value",
         "food_meta.food_name",
     ),
+    ("foodieqa", {**FOODIE, "images": ["a.jpg", "b.jpg"]}, "several_images", "images"),
     ("foodieqa", {**FOODIE, "question": "<img>?"}, "control_token", "turn 1"),
 ]
 
@@ -263,6 +264,7 @@ def test_whatever_the_bytes_a_row_is_refused_and_nothing_else_happens(
         PARSERS[format_](row)
     assert caught.value.reason in {"invalid_json", "invalid_value", "unsupported_parameter"}
     assert len(caught.value.message) < 500
+    assert "the body" not in caught.value.message
 
 
 class TestDetection:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +47,41 @@ ROWS = [
 ]
 
 
+READ_BY_XTUNER = """
+import json, sys
+from workers.training.surroundings import prepare_imports
+
+prepare_imports()
+from xtuner.dataset.internvl_dataset import InternVL_V1_5_Dataset
+from xtuner.utils.templates import PROMPT_TEMPLATE
+
+base, data = sys.argv[1:]
+read = InternVL_V1_5_Dataset(
+    model_path=base,
+    template=PROMPT_TEMPLATE.internlm2_chat,
+    data_paths=f"{data}/train.json",
+    image_folders=f"{data}/images",
+    max_length=8192,
+)
+context = read.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+found = []
+for index in range(len(read)):
+    item = read.prepare_data(index)  # None where __getitem__ would take another row
+    found.append(
+        item
+        and {
+            "tokens": len(item["input_ids"]),
+            "context": item["input_ids"].count(context),
+            "tiles": item["pixel_values"].shape[0],
+            "learned": read.tokenizer.decode([t for t in item["labels"] if t >= 0]),
+        }
+    )
+print(json.dumps({"patch_token": read.patch_token, "rows": found}))
+"""
+
+
+@pytest.mark.skipif(find_spec("xtuner") is None, reason="needs vlmq[training]")
 def test_lengths_and_contents_are_those_of_xtuners_dataset(tmp_path: Path, base: Path) -> None:
-    pytest.importorskip("xtuner")
-    from workers.training.surroundings import prepare_imports
-
-    prepare_imports()
-    from xtuner.dataset.internvl_dataset import InternVL_V1_5_Dataset
-    from xtuner.utils.templates import PROMPT_TEMPLATE
-
     images = tmp_path / "images"
     images.mkdir()
     (images / "wide.jpg").write_bytes(jpeg(1, (300, 60)))
@@ -62,27 +93,18 @@ def test_lengths_and_contents_are_those_of_xtuners_dataset(tmp_path: Path, base:
     assert report.train == len(ROWS)
     assert report.exact_tokens
 
-    data = tmp_path / "job" / "data"
-    read = InternVL_V1_5_Dataset(
-        model_path=str(base),
-        template=PROMPT_TEMPLATE.internlm2_chat,
-        data_paths=str(data / "train.json"),
-        image_folders=str(data / "images"),
-        max_length=8192,
-    )
+    command = [sys.executable, "-c", READ_BY_XTUNER, str(base), str(tmp_path / "job" / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    read = json.loads(done.stdout.splitlines()[-1])
     rows = rows_of(tmp_path / "job", "train")
-    for index, row in enumerate(rows):
-        item = read.prepare_data(index)
+    for row, item in zip(rows, read["rows"], strict=True):
         assert item is not None, "xtuner could not open an image that was found good"
-        assert len(item["input_ids"]) == abs(row["length"])
-        context = read.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-        tiles = item["pixel_values"].shape[0] if "image" in row else 0
-        assert item["input_ids"].count(context) == tiles * read.patch_token
-        learned = [token for token in item["labels"] if token >= 0]
+        assert item["tokens"] == abs(row["length"])
+        assert item["context"] == ("image" in row) * item["tiles"] * read["patch_token"]
         answers = [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"]
-        assert read.tokenizer.decode(learned) == "".join(f"{text}<|im_end|>" for text in answers)
-    assert read.modality_length == [row["length"] for row in rows]
-    # 200 by 50 pixels that a camera held upright: xtuner sees 50 by 200.
+        assert item["learned"] == "".join(f"{text}<|im_end|>" for text in answers)
+    # 200 by 50 pixels that a camera held upright.
     assert rows[-1]["image_wh"] == [50, 200]
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from shared.errors import CheckpointInvalid, InvalidValue
-from shared.tunable import require_tunable
+from shared.errors import CheckpointInvalid, InvalidValue, RemoteCodeRefused
+from shared.models import ModelRecord
+from shared.tunable import require_consent, require_tunable
 
 
 def described(folder: Path, config: dict[str, Any]) -> Path:
@@ -58,3 +59,21 @@ def test_a_config_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointInvalid):
         require_tunable("base", tmp_path)
+
+
+def _record(folder: Path, *, trusted: bool) -> ModelRecord:
+    return ModelRecord("m", str(folder), None, trusted, created=0, owned_by="vlmq")
+
+
+def test_code_of_a_base_runs_only_with_consent(tmp_path: Path) -> None:
+    """Training would run it, whatever the engine that serves the base does."""
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "theirs.Model"}}')
+    require_consent(_record(tmp_path, trusted=True))
+    with pytest.raises(RemoteCodeRefused, match=r"auto_map.*--trust-remote-code"):
+        require_consent(_record(tmp_path, trusted=False))
+
+
+def test_a_base_without_code_needs_no_consent(tmp_path: Path) -> None:
+    """It is trained with this project's own network."""
+    (tmp_path / "config.json").write_text("{}")
+    require_consent(_record(tmp_path, trusted=False))

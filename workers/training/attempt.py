@@ -24,10 +24,11 @@ from shared.finetune_folder import FinetuneFolder
 from shared.finetune_store import STEP_SECONDS, FinetuneLease, FinetuneStore, NewEvent
 from shared.finetunes import Progress
 from shared.log import get_logger
+from workers.keeper import until_answered
 from workers.logfiles import tail
 from workers.training.holding import Draining, Holding, StopWanted
 from workers.training.job_folder import JobFolder
-from workers.training.orders import RUN, Run, TrainerExit, read_order, read_verdict
+from workers.training.orders import TrainerExit, read_verdict
 from workers.training.process import Ending, TrainingProcess
 from workers.training.progress import Metric, ProgressReader
 from workers.training.saved import SavedCheckpoint, checkpoints
@@ -97,7 +98,6 @@ class Attempt:
         self._known: set[int] = set()
         self._dirty = False
         self._progress: Progress | None = None
-        self._run: Run | None = None
 
     def run(self, process: TrainingProcess) -> SavedCheckpoint:
         """Watch it to its end.
@@ -105,6 +105,24 @@ class Attempt:
         Raises: LeaseLost, StopWanted or Draining once it has stopped for that reason; Postponed if
         another attempt may do better; LossBad, TrainingCrashed and what ``why_broken`` says if not.
         """
+        try:
+            stopped = self._watch(process)
+        except BaseException:
+            # Whatever is wrong with the watching, nothing may train unwatched.
+            process.stop()
+            while not process.ended():
+                time.sleep(POLL_S)
+            process.status()
+            raise
+        ending = process.status()
+        if isinstance(stopped, LeaseLost):
+            raise stopped
+        self._look()
+        until_answered(self._send, self._holding.check_held)
+        return self._judge(ending, stopped)
+
+    def _watch(self, process: TrainingProcess) -> VlmqError | None:
+        """Until it has ended; answers why it was asked to stop, if it was."""
         stopped: VlmqError | None = None
         tell_at = time.monotonic()
         while not process.ended():
@@ -113,11 +131,7 @@ class Attempt:
                 self._tell()
                 tell_at = time.monotonic() + TELL_S
             time.sleep(POLL_S)
-        ending = process.status()
-        if isinstance(stopped, LeaseLost):
-            raise stopped
-        self._tell()
-        return self._judge(ending, stopped)
+        return stopped
 
     def _stop_if_asked(self, process: TrainingProcess) -> VlmqError | None:
         try:
@@ -148,7 +162,7 @@ class Attempt:
         new = self._reader.new()
         self._untold += new
         if new:
-            self._progress = _progress(new[-1])
+            self._progress = progress_of(new[-1])
             self._dirty = True
         own = {one.step for one in checkpoints(self._work)}
         if not own <= self._known:
@@ -159,8 +173,7 @@ class Attempt:
 
     def _send(self) -> None:
         if self._untold:
-            events = [self._event(metric) for metric in self._untold]
-            self._store.add_events(self._lease, events)
+            self._store.add_events(self._lease, map(event_of, self._untold))
             self._untold.clear()
         if self._dirty:
             self._folder.prune(self._limits.keep, but=self._asked_for())
@@ -174,46 +187,22 @@ class Attempt:
             )
             self._dirty = False
 
-    def _event(self, metric: Metric) -> NewEvent:
-        data = {
-            "step": metric.step,
-            "total_steps": metric.total_steps,
-            "epoch": round(metric.epoch, 4),
-            "train_loss": metric.loss,
-            "learning_rate": metric.learning_rate,
-            "samples_per_s": round(metric.samples_per_s, 4),
-            "eta_s": round(metric.eta_s, 1),
-        }
-        if metric.samples_per_s > 0:
-            data[STEP_SECONDS] = self._samples_per_step() / metric.samples_per_s
-        shown = "no number" if metric.loss is None else f"{metric.loss:.4f}"
-        return NewEvent(
-            f"Step {metric.step}/{metric.total_steps}: training loss {shown}",
-            level="info" if metric.loss is not None else "warn",
-            type="metrics",
-            data=data,
-        )
-
     def _asked_for(self) -> list[int]:
         """Checkpoints that somebody wants served and that are not converted yet."""
         asked = FinetuneFolder(self._folder.path).conversions()
         return [one.step for one in asked if one.model is None and one.error is None]
-
-    def _samples_per_step(self) -> int:
-        if self._run is None:
-            self._run = read_order(self._work / RUN, Run)
-        return self._run.samples_per_step
 
     # --- how it ended ---
 
     def _judge(self, ending: Ending, stopped: VlmqError | None) -> SavedCheckpoint:
         found = checkpoints(self._work)
         last = found[-1] if found else self._resumed
-        if ending.status == TrainerExit.TRAINED and found:
-            self._folder.write_trained(found[-1])
+        if ending.status == TrainerExit.TRAINED and self._folder.is_last(last):
+            assert last is not None
+            self._folder.write_trained(last)
             if stopped is not None:
                 raise stopped
-            return found[-1]
+            return last
         if stopped is not None:
             raise stopped
         if ending.status == TrainerExit.STOPPED:
@@ -245,7 +234,7 @@ class Attempt:
             return broken
         words = f"training died ({ending.words})"
         if ending.status == TrainerExit.TRAINED:
-            words = "training ended without a checkpoint"
+            words = "training ended before its last step"
         quoted = quote(self._log_file)
         if self._attempts + 1 >= self._limits.max_attempts:
             return TrainingCrashed(
@@ -258,6 +247,39 @@ class Attempt:
             counts=True,
             message=f"{words.capitalize()}; {_goes_on(last)}. The end of its log:\n{quoted}",
         )
+
+
+def untold(folder: JobFolder, told: int, until: SavedCheckpoint) -> list[Metric]:
+    """What attempts did after the step ``told``, up to a checkpoint, and nobody lived to tell."""
+    found: dict[int, Metric] = {}
+    for work in folder.attempts():
+        for metric in ProgressReader(work, after_step=told).new():
+            if metric.step <= until.step:
+                found[metric.step] = metric
+    return [found[step] for step in sorted(found)]
+
+
+def event_of(metric: Metric) -> NewEvent:
+    """A metric as an event of the job."""
+    data = {
+        "step": metric.step,
+        "total_steps": metric.total_steps,
+        "epoch": round(metric.epoch, 4),
+        "train_loss": metric.loss,
+        "learning_rate": metric.learning_rate,
+        "samples_per_s": round(metric.samples_per_s, 4),
+        "eta_s": round(metric.eta_s, 1),
+    }
+    left = metric.total_steps - metric.step
+    if left > 0:
+        data[STEP_SECONDS] = metric.eta_s / left
+    shown = "no number" if metric.loss is None else f"{metric.loss:.4f}"
+    return NewEvent(
+        f"Step {metric.step}/{metric.total_steps}: training loss {shown}",
+        level="info" if metric.loss is not None else "warn",
+        type="metrics",
+        data=data,
+    )
 
 
 def quote(log_file: Path, lines: int = QUOTED_LINES) -> str:
@@ -281,7 +303,8 @@ def _goes_on(last: SavedCheckpoint | None) -> str:
     return "it begins anew" if last is None else f"it goes on from step {last.step}"
 
 
-def _progress(metric: Metric) -> Progress:
+def progress_of(metric: Metric) -> Progress:
+    """A metric as the job's progress."""
     return Progress(
         step=metric.step,
         total_steps=metric.total_steps,

@@ -121,8 +121,10 @@ def prepare(
     if ready is not None:
         return ready
     with storage_errors(job_folder):
-        for stale in job_folder.glob(f".{DATA}.*{TEMPORARY_SUFFIX}"):
-            shutil.rmtree(stale, ignore_errors=True)
+        # Each is renamed first: if its maker lives, it fails at its next step instead of going on
+        # in half a folder. What is left of one that was being deleted matches, too.
+        for stale in job_folder.glob(f".*{DATA}.*{TEMPORARY_SUFFIX}"):
+            remove_tree(stale)
         scratch = job_folder / f".{DATA}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
         scratch.mkdir(mode=0o700)
     try:
@@ -340,14 +342,14 @@ class _Preparation:
         if usable < MIN_TRAIN_ROWS:
             raise TooFewRows(
                 f"{usable} rows can be trained on, and at least {MIN_TRAIN_ROWS} are needed"
-                + (f": {self._reasons()}" if bad else ""),
+                + (f": {self._reasons()}" if self._tally.bad else ""),
                 param="training_file",
                 report=self._failed_report(table),
             )
         if self._inputs.validation is not None and not table.count("validation"):
             raise TooFewRows(
                 "no row of the validation file can be used"
-                + (f": {self._reasons()}" if bad else ""),
+                + (f": {self._reasons()}" if self._tally.bad else ""),
                 param="validation_file",
                 report=self._failed_report(table),
             )
@@ -377,7 +379,9 @@ class _Preparation:
 
     def _write(self, table: RowTable) -> DataReport:
         pictures = PictureFolder(self._scratch / IMAGES, self._limits.images)
-        pictures.keep_only(table.uses)
+        images, _ = table.images_used()
+        if pictures.keep_only(table.uses) != images:
+            raise StorageFailed(f"images in {self._scratch} went away while it was made; try again")
         train = _RowWriter(self._scratch / TRAIN)
         kept = _RowWriter(self._scratch / HELD_OUT)
         with train, kept:

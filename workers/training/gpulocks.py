@@ -2,7 +2,7 @@
 
 In ``RUN_DIR/lent``: ``GPU.lock``, an exclusive ``flock`` held until the last process of a training
 is gone, whatever ends it, with the job's id inside for people; ``GPU.free``, written by the node's
-fleet when no engine is left on a locked GPU; ``choose.lock``, held while somebody chooses. Whoever
+fleet when no engine is left on a locked GPU, with the same id; ``choose.lock``, held while somebody chooses. Whoever
 wants several GPUs gets all of them or none, so no two ever wait for each other.
 """
 
@@ -45,6 +45,7 @@ class LentGpus:
 
     gpus: tuple[str, ...]
     locks: tuple[BinaryIO, ...]
+    holder: str
 
     @property
     def visible(self) -> str:
@@ -85,7 +86,7 @@ class GpuLocks:
     def take(self, count: int, job_id: str) -> LentGpus | Taken:
         """Lock ``count`` GPUs, or none. Raises: StorageFailed."""
         if count == 0:
-            return LentGpus((), ())
+            return LentGpus((), (), job_id)
         served = self._served()
         with storage_errors(lent_folder(self._run_dir)):
             lent_folder(self._run_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -123,7 +124,9 @@ class GpuLocks:
     def _still_served(self, lent: LentGpus) -> list[str]:
         served = self._served()
         return [
-            gpu for gpu in lent.gpus if gpu in served and not free_file(self._run_dir, gpu).exists()
+            gpu
+            for gpu in lent.gpus
+            if gpu in served and _freed_for(free_file(self._run_dir, gpu)) != lent.holder
         ]
 
     def _choose(self, count: int, job_id: str, candidates: Sequence[str]) -> LentGpus | Taken:
@@ -138,7 +141,7 @@ class GpuLocks:
             if len(locks) == count:
                 self._sign(locks, job_id)
                 gpus = tuple(gpu for gpu in self._gpus if gpu in locks)
-                return LentGpus(gpus, tuple(locks[gpu] for gpu in gpus))
+                return LentGpus(gpus, tuple(locks[gpu] for gpu in gpus), job_id)
         for lock in locks.values():
             lock.close()
         return Taken(holders)
@@ -174,6 +177,14 @@ def _lock(path: Path, *, tries: int = 1) -> BinaryIO | None:
             return stream
     stream.close()
     return None
+
+
+def _freed_for(path: Path) -> str | None:
+    """Whom the fleet says a GPU is free for."""
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return None
 
 
 def _owner(path: Path) -> str:

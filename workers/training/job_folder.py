@@ -14,6 +14,7 @@ import msgspec
 
 from shared.finetunes import FinetuneCheckpoint
 from shared.storage import read_json, remove_tree, write_json
+from workers.training.orders import RUN, Run
 from workers.training.saved import SavedCheckpoint, checkpoint_at, checkpoints, newest
 
 LEAST_KEPT = 2
@@ -92,12 +93,22 @@ class JobFolder:
                     if checkpoint_at(folder) is None:
                         remove_tree(folder)
 
+    def is_last(self, checkpoint: SavedCheckpoint | None) -> bool:
+        """Whether it is of the last step, by the attempt that saved it."""
+        run = checkpoint and read_json(checkpoint.path.parent / RUN)
+        return (
+            checkpoint is not None
+            and run is not None
+            and checkpoint.step >= msgspec.convert(run, Run).total_steps
+        )
+
     def trained(self) -> SavedCheckpoint | None:
         """The checkpoint at the end of training, if it got there and it is still whole."""
         value = read_json(self.path / "trained.json")
-        if value is None:
-            return None
-        return checkpoint_at(self.path / msgspec.convert(value, Trained).checkpoint)
+        if value is not None:
+            return checkpoint_at(self.path / msgspec.convert(value, Trained).checkpoint)
+        newest = self.newest()  # perhaps nobody lived to say that it was the last one
+        return newest if self.is_last(newest) else None
 
     def write_trained(self, checkpoint: SavedCheckpoint) -> None:
         """Training is done."""

@@ -7,13 +7,16 @@ to go on from can be computed.
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from mmengine.runner import loops
 from torch.utils.data import DataLoader
 from xtuner.engine.runner import TrainLoop
 
@@ -25,6 +28,10 @@ class ResumingTrainLoop(TrainLoop):  # type: ignore[misc]
     """Trains for ``max_epochs``; the first iteration is the one after the last that is saved."""
 
     resumed_from: Path | None = None
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        with _loader_not_started():
+            super().__init__(*given, **named)
 
     def run(self) -> Any:
         """Train to the end, or until a hook ends the process."""
@@ -74,9 +81,29 @@ def endless(loader: DataLoader[Any], first: int) -> Iterator[Any]:
     )
 
 
+@contextmanager
+def _loader_not_started() -> Iterator[None]:
+    """mmengine's loop starts loading when it is made, long before the first iteration."""
+    original = loops._InfiniteDataloaderIterator  # noqa: SLF001
+    loops._InfiniteDataloaderIterator = _NotStarted  # noqa: SLF001
+    try:
+        yield
+    finally:
+        loops._InfiniteDataloaderIterator = original  # noqa: SLF001
+
+
+class _NotStarted:
+    def __init__(self, loader: Any) -> None:
+        # Starting a loader draws this number: with it LoRA begins with the weights of a plain run.
+        torch.empty((), dtype=torch.int64).random_()
+
+
 def _init_worker(inner: Callable[[int], None] | None, worker: int) -> None:
-    """Loaders die with their trainer, and leave a request to stop to it."""
+    """Loaders die with their trainer, and a request to stop that is sent to its group is not theirs.
+
+    They may not ignore SIGTERM: it is by that signal that a trainer ends them.
+    """
     die_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.setpgid(0, 0)
     if inner is not None:
         inner(worker)

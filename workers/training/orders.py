@@ -43,6 +43,8 @@ class Speed(msgspec.Struct, frozen=True):
     """PyTorch's own attention in place of the eager one of the model's code, or ``stock``."""
     gradient_checkpointing: bool = True
     """Compute activations twice instead of keeping them: less memory, more time."""
+    labelled_logits: bool = True
+    """Compute the head only where there is a label; the loss is made of nothing else."""
     cached_features: str | None = None
     """Folder for the features of a frozen ViT, computed once before training; None: no cache."""
 

@@ -48,6 +48,8 @@ class PictureCollector:
         self._settings = settings
         self._load = load
         self._keep_going = keep_going
+        self._example = ""
+        """The name of some member of the archive."""
         self._threads = min(usable_cores(), _MAX_THREADS)
         self._pool = ThreadPoolExecutor(self._threads, "pictures")
         self._waiting: deque[tuple[str, Future[Picture]]] = deque()
@@ -89,7 +91,8 @@ class PictureCollector:
         if stands_alone(address):
             return lambda: self._pictures.store(self._load(address))
         if has_archive:
-            return _refusal(ImageNotFound(f"the archive holds no file {shown(address)}"))
+            like = f"; its files are named like {shown(self._example)}" if self._example else ""
+            return _refusal(ImageNotFound(f"the archive holds no file {shown(address)}{like}"))
         return _refusal(
             ImageNotFound(
                 f"the row names a file, {shown(address)}; say in 'images' where it is: an uploaded "
@@ -103,7 +106,7 @@ class PictureCollector:
     def _take_archive(self, archive: Path, refused: EntryTally) -> None:
         entries = read_entries(
             archive,
-            lambda name: any(self._matches(name)),
+            self._wants,
             max_bytes=self._settings.max_bytes,
             refused=refused,
             keep_going=self._keep_going,
@@ -127,6 +130,10 @@ class PictureCollector:
                 yield first, _outcome(future)
         for entry, future in waiting:
             yield entry, _outcome(future)
+
+    def _wants(self, name: str) -> bool:
+        self._example = name
+        return any(self._matches(name))
 
     def _matches(self, name: str) -> Iterator[str]:
         """The addresses in rows that a member may be meant by: its name or an end of it."""

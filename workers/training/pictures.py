@@ -60,20 +60,27 @@ class PictureFolder:
         self._write(self._folder / name, found.data)
         return Picture(name, found.width, found.height, len(found.data))
 
-    def keep_only(self, is_used: Callable[[str], bool]) -> None:
-        """Delete the stored images that are not used, by name. Raises: StorageFailed."""
+    def keep_only(self, is_used: Callable[[str], bool]) -> int:
+        """Delete the stored images that are not used, by name; how many are left.
+
+        Raises: StorageFailed.
+        """
+        left = 0
         with storage_errors(self._folder):
             for folder in list(os.scandir(self._folder)):
                 for file in list(os.scandir(folder)):
-                    if not is_used(f"{folder.name}/{file.name}"):
+                    if is_used(f"{folder.name}/{file.name}"):
+                        left += 1
+                    else:
                         os.unlink(file)
+        return left
 
     def _write(self, path: Path, data: bytes) -> None:
         """Not synced: whoever makes the whole folder appear syncs all of it at once."""
         with storage_errors(path):
             if path.exists():
                 return
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             with open(descriptor, "wb") as stream:
                 stream.write(data)

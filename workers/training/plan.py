@@ -22,6 +22,7 @@ from shared.models import ModelRecord
 from shared.process import usable_cores
 from shared.storage import storage_errors, write_bytes
 from shared.stores import Stores
+from shared.tunable import require_consent
 from workers.machine import look_at_machine
 from workers.training.base_facts import BaseFacts, read_base_facts
 from workers.training.config import (
@@ -64,7 +65,7 @@ class Plan:
 
 
 def find_base(stores: Stores, name: str) -> Base:
-    """The base of a job. Raises: BaseModelGone; InvalidRequest if it cannot be tuned."""
+    """The base of a job. Raises: BaseModelGone; InvalidRequest if it cannot or may not be tuned."""
     try:
         record = stores.models.get(name)
     except ModelNotFound:
@@ -75,6 +76,7 @@ def find_base(stores: Stores, name: str) -> Base:
             "the model anew, and create the job again"
         )
     path = Path(record.path)
+    require_consent(record)
     try:
         return Base(record, path, read_base_facts(path))
     except CheckpointInvalid as error:

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from shared.ids import new_id
 from workers.processes import describe_exit
 from workers.strays import MARK, end_strays, find_strays
 from workers.training.supervisor import KILL, STOP
 
 JOB_MARK = "VLMQ_FINETUNE"
 """Every process of a fine-tune has the work's name (the job's id) in this environment variable."""
+_COMMAND_MARK = "VLMQ_FINETUNE_COMMAND"
+"""And the name of this very command in this one."""
 SUPERVISOR_GRACE_S = 10.0
 """How much longer than ``stop_s`` a supervisor may take before it is killed itself."""
 _POLL_S = 0.05
@@ -37,8 +40,8 @@ class Ending:
 class TrainingProcess:
     """One supervised command. To be used by one thread.
 
-    ``name`` says whose processes these are; there is never more than one command of a name at
-    once, and what is left of one is found by it. ``environment`` is added to this process's own. ``hold`` are locks that the supervisor takes
+    ``name`` says whose processes these are, so that a later command of that name can end what is
+    left of this one. ``environment`` is added to this process's own. ``hold`` are locks that the supervisor takes
     over: they are closed here, and let go when nothing of the command is left.
     """
 
@@ -53,7 +56,7 @@ class TrainingProcess:
         environment: Mapping[str, str],
         hold: Sequence[BinaryIO] = (),
     ) -> None:
-        self._name = name
+        self._command = new_id("command_")
         self._stop_s = stop_s
         self._kill_at: float | None = None
         descriptors = [stream.fileno() for stream in hold]
@@ -67,7 +70,13 @@ class TrainingProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment, MARK: str(run_dir), JOB_MARK: name},
+            env={
+                **os.environ,
+                **environment,
+                MARK: str(run_dir),
+                JOB_MARK: name,
+                _COMMAND_MARK: self._command,
+            },
             pass_fds=descriptors,
             start_new_session=True,
         )
@@ -107,7 +116,8 @@ class TrainingProcess:
         said = self._supervisor.stdout.read().decode(errors="replace")
         self._supervisor.stdout.close()
         self._supervisor.wait()
-        end_strays(self._name, JOB_MARK)
+        # By its own name only: another worker may have started the same job's next attempt.
+        end_strays(self._command, _COMMAND_MARK)
         return _ending(said, self._supervisor.returncode)
 
     def _say(self, word: bytes) -> None:

@@ -71,7 +71,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all; once one has failed the others have ``GRACE_S`` left."""
     status = 0
     deadline: float | None = None
-    while any(process.poll() is None for process in processes):
+    # A list, so that each of them is asked.
+    while None in [process.poll() for process in processes]:
         status = status or _first_failure(processes)
         if status and deadline is None:
             deadline = time.monotonic() + GRACE_S

@@ -194,6 +194,7 @@ class _FoodieRow(msgspec.Struct, frozen=True):
     food_meta: _Dish = _Dish()
     food_file: str | None = None
     food_name: str | None = None
+    images: list[str] = []
 
 
 _foodieqa = msgspec.json.Decoder(_FoodieRow)
@@ -203,6 +204,7 @@ _COMMAS = re.compile(r"[,，]")
 def parse_foodieqa(text: bytes) -> Row:
     """A question of ``sivqa_tidy.json``: the answer is the right choice and the dish's name."""
     found = _decoded(_foodieqa, text)
+    only_image(found.images, "images")  # the questions of mivqa_tidy.json show four
     file = found.food_meta.food_file or found.food_file
     name = found.food_meta.food_name or found.food_name
     if not file:
@@ -285,7 +287,9 @@ def detect(rows: Iterable[bytes], param: str) -> DataFormat:
             param=param,
         )
     raise DatasetFormatUnclear(
-        f"the first rows have the fields of no format that is known: {_NAMES}", param=param
+        f"the first rows have the fields of no format that is known: {_NAMES}; a row is a line with "
+        "one JSON object, or an element of one JSON array",
+        param=param,
     )
 
 
@@ -304,6 +308,7 @@ def _decoded(decoder: msgspec.json.Decoder[Any], text: bytes) -> Any:
         return decoder.decode(text)
     except msgspec.ValidationError as error:
         found = explain(error)
-        raise RowUnusable(found.message, param=found.param, reason=found.code) from None
+        message = found.message.replace("the body", "the row", 1)
+        raise RowUnusable(message, param=found.param, reason=found.code) from None
     except UNREADABLE as error:
         raise RowUnusable(f"the row is not valid JSON: {error}", reason="invalid_json") from None

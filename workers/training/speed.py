@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from workers.training.features import can_cache, fill_cache, read_features_only
+from workers.training.logits import compute_labelled_only
 from workers.training.orders import Speed
 from workers.training.samples import StrictSamples
 
@@ -47,11 +48,13 @@ class SpeedHook(Hook):  # type: ignore[misc]
         model = runner.model.module
         replaced = use_sdpa(model) if self._speed.attention == "sdpa" else 0
         set_checkpointing(model, on=self._speed.gradient_checkpointing)
+        labelled = self._speed.labelled_logits and compute_labelled_only(model)
         self._cache_features(runner, model)
         runner.logger.info(
-            "PyTorch's attention in %d modules; gradient checkpointing %s",
+            "PyTorch's attention in %d modules; gradient checkpointing %s; logits of %s tokens",
             replaced,
             "on" if self._speed.gradient_checkpointing else "off",
+            "labelled" if labelled else "all",
         )
 
     def _cache_features(self, runner: Any, model: nn.Module) -> None:

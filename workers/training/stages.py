@@ -31,7 +31,15 @@ from shared.settings import Settings
 from shared.stores import Stores
 from workers.keeper import until_answered
 from workers.training import provenance, registering
-from workers.training.attempt import Attempt, AttemptLimits, Postponed, quote
+from workers.training.attempt import (
+    Attempt,
+    AttemptLimits,
+    Postponed,
+    event_of,
+    progress_of,
+    quote,
+    untold,
+)
 from workers.training.compare import compare
 from workers.training.config import Resolved
 from workers.training.data_inputs import prepare_job
@@ -157,6 +165,13 @@ class Stages:
 
     def run(self) -> None:
         """Train, convert, compare and register: from the first of these that is not done."""
+        end_earlier(
+            self._lease.job_id,
+            wait_s=self._settings.finetune.stop_s + SUPERVISOR_GRACE_S,
+            keep_going=self._holding.check,
+        )
+        self._folder.discard_halves(self._lease.token)
+        self._catch_up()
         trained = self._folder.trained()
         if trained is None and not self._folder.model.is_dir():
             trained = self._train()
@@ -172,16 +187,9 @@ class Stages:
         self._register(trained)
 
     def _train(self) -> SavedCheckpoint:
-        end_earlier(
-            self._lease.job_id,
-            wait_s=self._settings.finetune.stop_s + SUPERVISOR_GRACE_S,
-            keep_going=self._holding.check,
-        )
-        self._folder.discard_halves(self._lease.token)
         base = find_base(self._stores, self._spec.model)
         report = find_report(self._folder)
         resume = self._folder.newest()
-        self._note_found(resume)
         lent = self._take_gpus()
         try:
             process, attempt = self._start(base, report, resume, lent)
@@ -189,13 +197,18 @@ class Stages:
             lent.close()  # by now the supervisor has them, or nobody needs them
         return attempt.run(process)
 
-    def _note_found(self, resume: SavedCheckpoint | None) -> None:
-        """A checkpoint that nobody told of: its attempt was not in vain."""
-        listed = self._folder.listed(self._folder.saved())
-        known = {one.step for one in self._spec.checkpoints}
-        fields: dict[str, Any] = {"checkpoints": listed, "stage": "train"}
-        if resume is not None and resume.step not in known:
-            fields["attempts"] = 0
+    def _catch_up(self) -> None:
+        """Tell what earlier attempts got done and nobody lived to tell."""
+        newest = self._folder.newest()
+        if newest is None:
+            return
+        metrics = untold(self._folder, self._spec.progress.step, newest)
+        fields: dict[str, Any] = {"checkpoints": self._folder.listed(self._folder.saved())}
+        if metrics:
+            fields["progress"] = progress_of(metrics[-1])
+            self._answered(lambda: self._store.add_events(self._lease, map(event_of, metrics)))
+        if newest.step not in {one.step for one in self._spec.checkpoints}:
+            fields["attempts"] = 0  # whoever saved it did not die in vain
             self._lease = msgspec.structs.replace(self._lease, attempts=0)
         self._answered(lambda: self._store.note(self._lease, **fields))
 

@@ -52,6 +52,13 @@ def prepare_imports() -> None:
     provide_vision_ops()
 
 
+def has_gpu() -> bool:
+    """Whether torch sees a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def skip_compiling() -> None:
     """Keep DeepSpeed from compiling its shared-memory operation for processes on one machine.
 

@@ -41,23 +41,27 @@ def train(job: TrainerJob) -> None:
         surroundings.single_process_group()
     surroundings.prepare_imports()
     provide_base(Path(job.base), Path(job.model_path))
-    import deepspeed  # noqa: F401 - before mmengine, which swallows what this raises
+    import deepspeed  # before mmengine, which swallows what this raises
 
     surroundings.skip_compiling()
+    on_gpus = surroundings.has_gpu()
+    if job.gpus > 1 and not on_gpus:
+        # mmengine's launcher takes for granted that there are GPUs.
+        deepspeed.init_distributed(dist_backend="gloo")
     import xtuner
 
     from workers.training.takeover import take_over
 
     take_over(job, stop)
     script = Path(xtuner.__file__).parent / "tools" / "train.py"
-    sys.argv = [str(script), *train_arguments(job)]
+    sys.argv = [str(script), *train_arguments(job, on_gpus=on_gpus)]
     runpy.run_path(str(script), run_name="__main__")
 
 
-def train_arguments(job: TrainerJob) -> list[str]:
+def train_arguments(job: TrainerJob, *, on_gpus: bool) -> list[str]:
     """What xtuner's ``tools/train.py`` is given."""
     arguments = [job.config, "--work-dir", job.work_dir, "--deepspeed", job.deepspeed]
-    arguments += ["--launcher", "pytorch"] if job.gpus > 1 else []
+    arguments += ["--launcher", "pytorch"] if job.gpus > 1 and on_gpus else []
     return [*arguments, *(["--resume", job.resume] if job.resume else ["--seed", str(job.seed)])]
 
 

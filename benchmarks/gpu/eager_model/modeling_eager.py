@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .config import LanguageConfig, VisionConfig, language_part
 from .configuration_internvl_chat import InternVLChatConfig
-from .model import LanguageMlp, RMSNorm, RotaryAngles
+from .model import LanguageMlp, RMSNorm, RotaryAngles, VisionEncoder
 from .modeling_internvl_chat import InternLM2ForCausalLM, InternVLChatModel
 
 
@@ -206,6 +206,19 @@ class InternAttention(nn.Module):
         return out
 
 
+class InternVisionEncoder(VisionEncoder):
+    """The ViT's layers; checkpoints gradients in torch's older way, as published."""
+
+    def forward(self, x: Tensor, depth: int | None = None) -> Tensor:
+        """Run the first ``depth`` layers (all when None)."""
+        for layer in self.layers[:depth]:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, use_reentrant=True)
+            else:
+                x = layer(x)
+        return x
+
+
 class EagerInternVLChatModel(InternVLChatModel):
     """InternVL2."""
 
@@ -214,7 +227,9 @@ class EagerInternVLChatModel(InternVLChatModel):
     def __init__(self, config: InternVLChatConfig) -> None:
         super().__init__(config)
         self.language_model = EagerInternLM2ForCausalLM(config.llm_config)
-        for layer in self.vision_model.encoder.layers:
+        encoder = InternVisionEncoder(self.shape.vision)
+        for layer in encoder.layers:
             layer.attn = InternAttention(self.shape.vision)
-        self.vision_model.encoder.gradient_checkpointing = True  # as published
+        encoder.gradient_checkpointing = True  # as published
+        self.vision_model.encoder = encoder
         self.post_init()

@@ -1,8 +1,8 @@
-"""Makes torchvision importable beside a CPU build of torch, for code that a checkpoint brings.
+"""Makes torchvision importable beside a CPU build of torch, for which no build of it exists.
 
-PyPI has torchvision for CUDA builds only. Importing it registers kernels for operators that its
-own library, which cannot be loaded without CUDA, would have declared; declared here they are enough
-for everything that does not call them.
+transformers imports torchvision wherever it is installed, and that import wants to describe two
+operators that only its compiled part defines. Nothing here or in InternVL's code calls them, so
+their signatures are enough.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 
-_DECLARED = (
+_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_libraries: list[Any] = []  # a library's declarations go away with it
+_libraries: list[Any] = []  # a library's definitions go away with it
 
 
 def provide_vision_ops() -> None:
-    """Do so unless torchvision is there already, or torch is a build for CUDA."""
-    if torch.version.cuda is not None or "torchvision" in sys.modules or _libraries:
+    """Define the operators, once, if torch is a CPU build and torchvision not yet imported."""
+    if torch.version.cuda is not None or _libraries or "torchvision" in sys.modules:
         return
     library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
-    for schema in _DECLARED:
+    for schema in _SCHEMAS:
         library.define(schema)  # type: ignore[no-untyped-call]
     _libraries.append(library)

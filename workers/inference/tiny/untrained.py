@@ -2,8 +2,7 @@
 
     python -m workers.inference.tiny.untrained OUT
 
-Its weights are random and its tokenizer knows the words of scenes' captions. It carries its
-modelling code, which xtuner asks for; the engine of this project does not run it.
+Its weights are random and its tokenizer knows the words of scenes' captions.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch import nn
 
 from workers.inference.internvl import template
 from workers.inference.internvl.checkpoint import write_description, write_weights
-from workers.inference.internvl.export import add_code
 from workers.inference.internvl.model import InternVL
 from workers.inference.internvl.synthesis import TINY
 from workers.inference.internvl.tokenizer import train_tokenizer
@@ -73,7 +71,6 @@ def write_untrained(out: Path, seed: int = SEED) -> None:
     model = InternVL(TINY)
     initialize(model)
     write_weights(out, model.state_dict())
-    add_code(out)
 
 
 def main(arguments: list[str] | None = None) -> None:
