@@ -185,7 +185,12 @@ class Running:
 
 @contextlib.contextmanager
 def training_node(
-    *, roles: tuple[str, ...] = ("redis", "reaper", "finetune"), real: bool = False, **sections: Any
+    *,
+    roles: tuple[str, ...] = ("redis", "reaper", "finetune"),
+    models: tuple[dict[str, Any], ...] = (TINY,),
+    real: bool = False,
+    started: bool = True,
+    **sections: Any,
 ) -> Iterator[Running]:
     """A node with the tiny base linked, which trains with the stand-in unless ``real``.
 
@@ -193,7 +198,7 @@ def training_node(
     """
     finetune = {"stop_s": 20, **sections.pop("finetune", {})}
     with running_node(
-        models=(TINY,),
+        models=models,
         checkpoints={BASE: CHECKPOINT},
         start=False,
         queue=QUEUE,
@@ -208,7 +213,10 @@ def training_node(
             text["finetune"]["python"] = str(interpreter)
             node.config.write_text(json.dumps(text))
         running = Running(node, interpreter)
-        start(running)
+        if TINY not in models:
+            running.stores.models.link(BASE, CHECKPOINT, engine="transformers")
+        if started:
+            start(running)
         yield running
 
 
