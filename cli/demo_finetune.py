@@ -87,6 +87,7 @@ def finetune(sdk: openai.OpenAI, folder: Path) -> FineTuningJob:
                 "method": "full",
                 "learning_rate": LEARNING_RATE,
                 "warmup_ratio": WARMUP,
+                "lora_targets": ["llm", "vit"],
                 "images": images.id,
                 "held_out_share": 0.02,
             }

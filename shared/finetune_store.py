@@ -57,6 +57,7 @@ STEP_SECONDS = "step_seconds"
 
 _JOB = "job"
 _HAND_BACK_MS = 5000
+_RESENT_AT_ONCE = 1000  # a long training's events in one script would hold Redis up
 _PLAIN = ("state", "wanted", "stage", "waiting_for")
 _PLAIN_NUMBERS = ("attempts", "token", "finished_at")
 _NOT_FOR_HOLDERS = {*FinetuneSpec.__struct_fields__, "state", "wanted", "token", "finished_at"}
@@ -520,7 +521,11 @@ class FinetuneStore:
             folder.write_state(lease.token, _to_disk(job))
             folder.prune_states(lease.token)
             lease = msgspec.structs.replace(lease, job=job)
-            self._update(lease, job, [], resend=folder.events_of(before))
+            self._update(lease, job, [])
+            told = folder.events_of(before)
+            for start in range(0, len(told), _RESENT_AT_ONCE):
+                some = told[start : start + _RESENT_AT_ONCE]
+                self._script_update(lease, job, lets_go=False, events=some)
         except (VlmqError, msgspec.ValidationError):
             self._hand_back(lease)
             raise
@@ -576,7 +581,7 @@ class FinetuneStore:
         step_s: str = "",
         events: Sequence[StoredEvent] = (),
     ) -> Any:
-        """The answer of ``ft_update``: None for a lost lease, ``b"refused"``, or event texts."""
+        """What ``ft_update`` answers: None for a lost lease, a word, or texts of events."""
         return self._scripts(
             "ft_update",
             lease.job_id,
@@ -607,13 +612,13 @@ class FinetuneStore:
         to: FinetuneState | None = None,
         lets_go: bool = False,
         delay_ms: int = 0,
-        resend: Sequence[StoredEvent] = (),
     ) -> None:
         """Write a record and events down, then tell Redis in one step.
 
         A step that Redis did not hear of is done with the next one: it is on disk already.
         """
         folder = FinetuneFolder(self.path(lease.job_id))
+        before = folder.read_state(lease.token)
         unsent = self._written(folder, lease, record, events, to)
         lets_go = lets_go or unsent.to not in (None, FinetuneState.RUNNING)
         answer = self._script_update(
@@ -623,10 +628,14 @@ class FinetuneStore:
             lets_go=lets_go,
             delay_ms=delay_ms,
             step_s=_step_seconds(unsent.events),
-            events=[*resend, *unsent.events],
+            events=unsent.events,
         )
         with self._unsent_lock:
             self._unsent.pop((lease.job_id, lease.token), None)
+        if answer == b"done":  # by an earlier call whose answer was lost, or that was forgotten
+            if before is not None:
+                folder.write_state(lease.token, before)
+            return
         if answer is None or answer == b"refused":
             # A rebuild must not take what was refused for what happened.
             if unsent.events:

@@ -1,12 +1,12 @@
 -- What the holder of a job says, which is on disk by now: the whole record, events, a new state.
 -- ARGV: id, token, state or '', 1 to let go, delay ms, at (s), record JSON, stage, attempts,
 -- waiting_for, seconds of a training step or '', then key, text of each event
--- -> nil if the lease was lost, 'refused', or {events added by this script...}.
+-- -> nil if the lease was lost, 'refused', 'done' if it was done already, or {events added by this script...}.
 local id, token, to, lets_go, delay, at = unpack(ARGV)
 local record, stage, attempts, waiting_for, step_s = unpack(ARGV, 7, 11)
 if not holds(id, JOB, token) then
   -- The first answer may have been lost on its way: then this very step has been done.
-  if lets_go == '1' and field(id, 'let_go') == token .. ' ' .. to then return {} end
+  if lets_go == '1' and field(id, 'let_go') == token .. ' ' .. to then return 'done' end
   return nil
 end
 local from = field(id, 'state')

@@ -165,13 +165,19 @@ def test_the_next_holder_goes_on_from_what_was_only_on_disk(stores: Stores) -> N
     assert left is not None
     checkpoint = FinetuneCheckpoint(9, "work/9", 1)
     folder.write_state(old.token, {**left, "checkpoints": [msgspec.to_builtins(checkpoint)]})
-    unheard = msgspec.structs.replace(folder.events()[0][0], key="unheard", message="Saved")
-    folder.append_events(old.token, [unheard])
+    first = folder.events()[0][0]
+    unheard = [
+        msgspec.structs.replace(first, key=str(number), message=f"Saved {number}")
+        for number in range(2500)
+    ]
+    folder.append_events(old.token, unheard)
     stores.finetunes.reap(["dead"])
     new = claim(stores)
     assert (new.job.checkpoints, new.attempts) == ([checkpoint], 1)
     assert now(stores, new.job).checkpoints == [checkpoint]
-    assert "Saved" in messages(stores, new.job)
+    told = messages(stores, new.job)
+    assert told[-2500:] == [event.message for event in unheard]
+    assert told.count("Training begins") == 1
 
 
 def test_requested_conversions_come_back(stores: Stores) -> None:

@@ -7,10 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from workers.inference.tiny import CHECKPOINT
-from workers.training import surroundings
 from workers.training.orders import TrainerJob
-from workers.training.trainer import provide_base, train_arguments
+from workers.training.saved import seal
+from workers.training.trainer import provide_base, require_fit, train_arguments
 
 # In a process of its own: handlers of signals belong to a main thread.
 RUN = "import sys; from workers.training import ranks; sys.exit(ranks.run(sys.argv[2:], int(sys.argv[1])))"
@@ -51,8 +53,20 @@ def test_one_that_was_killed_ends_the_others() -> None:
     assert shown.returncode == 128 + 9
 
 
-def test_ports_are_free_ones() -> None:
-    assert len({surroundings.free_port() for _ in range(5)}) > 1
+def test_two_jobs_on_one_machine_have_ports_of_their_own() -> None:
+    """DeepSpeed's own is fixed, so the second job would fail."""
+    code = (
+        "import os; from workers.training import surroundings as s; s.single_process_group();"
+        "print(os.environ['WORLD_SIZE'], os.environ['MASTER_PORT'])"
+    )
+    shown = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(4)
+    ]
+    pairs = [one.stdout.split() for one in shown]
+    assert {size for size, _ in pairs} == {"1"}
+    assert "29500" not in {port for _, port in pairs}
+    assert len({port for _, port in pairs}) > 1
 
 
 def test_a_left_out_library_says_so_when_it_is_used() -> None:
@@ -95,3 +109,15 @@ def test_a_base_without_code_gets_a_copy_that_has_it(tmp_path: Path) -> None:
     assert (copy / "config.json").stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     assert "auto_map" not in (CHECKPOINT / "config.json").read_text()
+
+
+def test_only_a_whole_checkpoint_of_as_many_processes_is_resumed(tmp_path: Path) -> None:
+    folder = tmp_path / "iter_4.pth"
+    folder.mkdir()
+    (folder / "rank_0_optim_states.pt").write_bytes(b"o")
+    with pytest.raises(SystemExit, match="not whole"):
+        require_fit(folder, 1)
+    seal(folder, iteration=4, step=2, created_at=1, loss=1.0)
+    require_fit(folder, 1)
+    with pytest.raises(SystemExit, match="as many as before"):
+        require_fit(folder, 2)

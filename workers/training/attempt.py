@@ -245,7 +245,7 @@ class Attempt:
             "a worker, after a crash",
             delay_s=min(30.0, 2.0**self._attempts),
             counts=True,
-            message=f"{words.capitalize()}; {_goes_on(last)}. The end of its log:\n{quoted}",
+            message=f"{words[0].upper()}{words[1:]}; {_goes_on(last)}. The end of its log:\n{quoted}",
         )
 
 

@@ -65,6 +65,8 @@ class DataReport(msgspec.Struct, frozen=True, kw_only=True):
     images: int = 0
     image_bytes: int = 0
     tokens: Spread = Spread()
+    train_tokens: int = 0
+    """Of all rows for training together, seen once."""
     exact_tokens: bool = False
     """Whether tokens were counted with the base's tokenizer; else they are upper bounds."""
     max_length: int = 0

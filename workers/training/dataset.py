@@ -413,6 +413,7 @@ class _Preparation:
             images=images,
             image_bytes=image_bytes,
             tokens=Spread(table.tokens_at(0.5), table.tokens_at(0.95), table.tokens_at(1)),
+            train_tokens=table.train_tokens(),
             exact_tokens=self._lengths.is_exact,
             max_length=self._max_length,
         )

@@ -23,6 +23,8 @@ from workers.training.orders import RUN, VERDICT, Run, TrainerExit, TrainerJob, 
 from workers.training.saved import checkpoint_name, checkpoints, seal
 from workers.training.stopping import StopRequest
 
+_WRITER = ("inline_container", "PytorchStreamWriter")
+
 
 class TrainingStopped(SystemExit):
     """Training ends before its time, in good order. The code is a TrainerExit."""
@@ -104,7 +106,7 @@ class SaveHook(Hook):  # type: ignore[misc]
         stopping = self._is_stopping()
         last = iteration >= runner.max_iters
         if stopping or last or self._is_due(iteration, iterations_per_step(runner)):
-            self._save(runner, iteration, float(outputs["loss"]))
+            self._save(runner, iteration, float(outputs["loss"].detach()))
         if stopping and not last:
             raise TrainingStopped(TrainerExit.STOPPED)
 
@@ -126,11 +128,12 @@ class SaveHook(Hook):  # type: ignore[misc]
         try:
             self._write(runner, folder, iteration, loss)
         except (OSError, RuntimeError, StorageFull) as error:
-            # torch's writer turns a full disk into a RuntimeError of its own.
-            if not _is_full(error, self._work_dir):
+            if not _is_disk(error):
                 raise
+            free = shutil.disk_usage(self._work_dir).free
             shutil.rmtree(folder, ignore_errors=True)
-            give_up(runner, "disk", f"no space left while {folder.name} was written")
+            message = f"{folder.name} could not be written: {free >> 20} MiB are free ({error})"
+            give_up(runner, "disk", message)
         if is_main_process():
             runner.logger.info("Saved %s in %.1f s", folder.name, time.monotonic() - started)
             self._delete_old()
@@ -204,9 +207,12 @@ def give_up(runner: Any, reason: Any, message: str, *, loss: float | None = None
     raise TrainingStopped(TrainerExit.DISK_FULL if full else TrainerExit.LOSS_BAD)
 
 
-def _is_full(error: BaseException, folder: Path) -> bool:
-    if isinstance(error, StorageFull):
+def _is_disk(error: BaseException | None) -> bool:
+    """Whether writing failed. Torch's writer says so in words of its own, whatever the disk said."""
+    if error is None:
+        return False
+    if isinstance(error, StorageFull) or any(word in str(error) for word in _WRITER):
         return True
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "write" in str(error) and shutil.disk_usage(folder).free < 1 << 20
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return _is_disk(error.__cause__ or error.__context__)

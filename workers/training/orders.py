@@ -81,7 +81,7 @@ class TrainerJob(msgspec.Struct, frozen=True, kw_only=True):
     min_free_bytes: int = 0
     """Space on the disk that no checkpoint may touch."""
     cache_dir: str | None = None
-    """Where DeepSpeed may keep operations that it compiles; None: below the work folder."""
+    """Where libraries may keep what they compile; None: below the work folder."""
 
 
 class ConvertJob(msgspec.Struct, frozen=True, kw_only=True):

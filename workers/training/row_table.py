@@ -234,6 +234,10 @@ class RowTable:
         """How many rows that can be used have no image."""
         return self._number("select count(*) from good where name is null")
 
+    def train_tokens(self) -> int:
+        """The tokens of all rows that are not held out."""
+        return self._number("select coalesce(sum(tokens), 0) from good where held_out = 0")
+
     def tokens_at(self, share: float) -> int:
         """The number of tokens that ``share`` of the usable rows do not exceed."""
         rows = self._number("select count(*) from good")

@@ -394,8 +394,17 @@ class Stages:
                 message=f"The tuned model answers as {name}",
                 fine_tuned_model=name,
                 result_files=results,
+                trained_tokens=self._trained_tokens(trained),
             )
         )
+
+    def _trained_tokens(self, trained: SavedCheckpoint | None) -> int | None:
+        """The tokens of all rows by how often training saw them; None for a recipe of one's own."""
+        if trained is None or self._spec.config_file is not None:
+            return None
+        report = find_report(self._folder)
+        epochs = self._spec.resolved.get("n_epochs")
+        return None if epochs is None else report.train_tokens * int(epochs)
 
     # --- ground --------------------------------------------------------------------------------
 
@@ -462,7 +471,7 @@ def _words_of_data(report: DataReport, resolved: Resolved) -> str:
         words = f"{words}; {dropped:,} of {report.rows:,} were dropped ({reasons})"
     return (
         f"{words}. Training will take {resolved.total_steps:,} steps of {resolved.batch_size} "
-        f"samples, and up to {resolved.disk_bytes / 2**30:.1f} GiB on disk"
+        f"samples, and up to {_size(resolved.disk_bytes)} on disk"
     )
 
 
@@ -473,3 +482,9 @@ def _words_of_start(resolved: Resolved, lent: LentGpus, resume: SavedCheckpoint 
         f"Training {begins} {resolved.total_steps:,} steps of {resolved.batch_size} samples on "
         f"{where}, learning rate {resolved.learning_rate:g}"
     )
+
+
+def _size(size_bytes: int) -> str:
+    if size_bytes < 2**30:
+        return f"{size_bytes / 2**20:.0f} MiB"
+    return f"{size_bytes / 2**30:.1f} GiB"

@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
-def prepare_environment(cache_dir: Path) -> None:
-    """Set the variables that libraries read when they are imported; what is set already stays."""
+def prepare_environment(cache_dir: Path, *, modules: Path | None = None) -> None:
+    """Set the variables that libraries read when they are imported; what is set already stays.
+
+    ``modules`` is a folder of this job alone; ``cache_dir`` may be common to many.
+    """
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_dir / "torch_extensions"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir / "triton"))
     # Checkpoints of ours hold more than tensors, and nobody else's are loaded.
     os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # transformers copies a checkpoint's code here, below the last part of the checkpoint's path. In
+    # a common folder two jobs, or two processes of one, would write each other's modules.
+    place = (modules or cache_dir / "modules") / os.environ.get("RANK", "0")
+    os.environ.setdefault("HF_MODULES_CACHE", str(place))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
 

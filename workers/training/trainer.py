@@ -15,6 +15,7 @@ from pathlib import Path
 
 from workers.training import ranks, surroundings
 from workers.training.orders import TrainerJob, read_order
+from workers.training.saved import checkpoint_at
 from workers.training.stopping import StopRequest
 
 
@@ -34,9 +35,12 @@ def train(job: TrainerJob) -> None:
     """Train in this process, to the end. Raises: SystemExit with a TrainerExit otherwise."""
     stop = StopRequest()
     stop.listen()
+    if job.resume is not None:
+        require_fit(Path(job.resume), max(1, job.gpus))
     work_dir = Path(job.work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
-    surroundings.prepare_environment(Path(job.cache_dir) if job.cache_dir else work_dir / "cache")
+    cache_dir = Path(job.cache_dir) if job.cache_dir else work_dir / "cache"
+    surroundings.prepare_environment(cache_dir, modules=work_dir / "modules")
     if ranks.MARK not in os.environ:
         surroundings.single_process_group()
     surroundings.prepare_imports()
@@ -56,6 +60,18 @@ def train(job: TrainerJob) -> None:
     script = Path(xtuner.__file__).parent / "tools" / "train.py"
     sys.argv = [str(script), *train_arguments(job, on_gpus=on_gpus)]
     runpy.run_path(str(script), run_name="__main__")
+
+
+def require_fit(checkpoint: Path, processes: int) -> None:
+    """Make sure that a checkpoint is whole and of as many processes. Raises: SystemExit."""
+    if checkpoint_at(checkpoint) is None:
+        raise SystemExit(f"{checkpoint} is not whole; resume from an earlier one")
+    parts = len(list(checkpoint.glob("*optim_states.pt")))
+    if parts != processes:
+        raise SystemExit(
+            f"{checkpoint} is of {parts} GPUs and this run has {processes}; DeepSpeed cannot divide it "
+            "anew, so resume with as many as before"
+        )
 
 
 def train_arguments(job: TrainerJob, *, on_gpus: bool) -> list[str]:

@@ -10,7 +10,7 @@ from workers.training import surroundings
 
 def main(path: Path) -> None:
     """Import it as the trainer will; whatever it raises is told and ends this with status 1."""
-    surroundings.prepare_environment(path.parent / "cache")
+    surroundings.prepare_environment(path.parent / "cache", modules=path.parent / "modules")
     surroundings.prepare_imports()
     from mmengine.config import Config
 
