@@ -68,9 +68,10 @@ def create(
     *,
     content: bytes | None = None,
     data: dict[str, Any] | None = None,
+    config: str | None = None,
     **recipe: Any,
 ) -> Finetune:
-    """A job of a few dozen steps; ``recipe`` and ``data`` say otherwise."""
+    """A job of a few dozen steps; ``recipe`` and ``data`` say otherwise, ``config`` is a file's."""
     file_id = upload(stores, rows() if content is None else content)
     return stores.finetunes.create(
         FinetuneSpec(
@@ -80,6 +81,7 @@ def create(
             created_at=unix_now(),
             seed=7,
             data=DataSource(training_file=file_id, **(data or {})),
+            config_file=None if config is None else upload(stores, config.encode(), "config.py"),
             recipe=Recipe(**{"n_epochs": 10, "batch_size": 4, "save_every": 10, **recipe}),
         )
     )
