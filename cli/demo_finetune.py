@@ -22,7 +22,7 @@ from openai.types.fine_tuning import FineTuningJob
 
 BASE = "tiny-untrained"
 SUFFIX = "scenes"
-SCENES = 2400
+SCENES = 4800
 EPOCHS = 10
 BATCH = 32
 LEARNING_RATE = 1.8e-3
