@@ -76,10 +76,15 @@ def json_body() -> bytes:
 
 def parsed_query(schema: type[M]) -> M:
     """The query parameters. Raises: InvalidValue, UnsupportedParameter (as ValidationError)."""
+    return schema.model_validate(single_query_values())
+
+
+def single_query_values() -> dict[str, str]:
+    """The query parameters as text. Raises: InvalidValue for one that is given twice."""
     for name, values in request.args.lists():
         if len(values) > 1:
             raise InvalidValue(f"{name}: give this parameter once", param=name)
-    return schema.model_validate(request.args.to_dict())
+    return request.args.to_dict()
 
 
 def require_no_query() -> None:

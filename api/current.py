@@ -34,8 +34,8 @@ def owner() -> str:
 
 
 def visible(record: ModelRecord) -> bool:
-    """Whether the owner of this request may use a model."""
-    return record.visible_to is None or record.visible_to == owner()
+    """Whether the owner of this request may use a model; nobody may while it is a candidate."""
+    return not record.candidate and record.visible_to in (None, owner())
 
 
 def visible_model(name: str) -> ModelRecord:

@@ -62,7 +62,7 @@ def respond(error: VlmqError) -> Response:
     if not error.retryable or isinstance(error, StorageFull):
         response.headers["x-should-retry"] = "false"
     elif status in (409, 429, 503):
-        response.headers["retry-after"] = str(RETRY_AFTER_S)
+        response.headers["retry-after"] = str(error.retry_after_s)
     if status == 401:
         response.headers["www-authenticate"] = "Bearer"
     return response

@@ -49,6 +49,7 @@ def families(gauges: Gauges, settings: Settings) -> Iterator[Metric]:
     values: dict[metrics.Metric, Samples] = {
         **_of_batches(gauges),
         **_of_chats(gauges),
+        **_of_finetunes(gauges),
         **_of_nodes(gauges.nodes),
         **_of_storage(settings),
         metrics.BUILD: {(version("vlmq"),): 1},
@@ -80,6 +81,19 @@ def _of_chats(gauges: Gauges) -> dict[metrics.Metric, Samples]:
     return {
         metrics.CHATS_OPEN: {(): gauges.chats_open},
         metrics.CHATS_WAITING: {(model,): count for model, count in gauges.chats_waiting.items()},
+    }
+
+
+def _of_finetunes(gauges: Gauges) -> dict[metrics.Metric, Samples]:
+    reports = [(node.node, node.finetune) for node in gauges.nodes if node.finetune is not None]
+    gpus: dict[tuple[str, ...], float] = {}
+    for node, report in reports:
+        gpus[node, "free"] = report.gpus_free
+        gpus[node, "taken"] = report.gpus_total - report.gpus_free
+    return {
+        metrics.FINETUNES: {(state,): number for state, number in gauges.finetunes.items()},
+        metrics.FINETUNE_STEP: {(model,): s for model, s in gauges.finetune_step_s.items()},
+        metrics.FINETUNE_GPUS: gpus,
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, Literal, Self, cast
 
 import click
 import httpx
@@ -108,10 +108,29 @@ class Client:
 
     def batches(self, limit: int, after: str | None = None) -> Json:
         """A page of batches, newest first."""
-        query: dict[str, str | int] = {"limit": limit}
-        if after is not None:
-            query["after"] = after
-        return self._json("GET", "/v1/batches", params=query)
+        return self._page("/v1/batches", limit, after)
+
+    # --- fine-tunes ---
+
+    def create_finetune(self, body: Json) -> Json:
+        """Queue a fine-tune."""
+        return self._json("POST", "/v1/fine_tuning/jobs", json=body)
+
+    def finetune(self, job_id: str) -> Json:
+        """One fine-tune."""
+        return self._json("GET", f"/v1/fine_tuning/jobs/{job_id}")
+
+    def finetunes(self, limit: int, after: str | None = None) -> Json:
+        """A page of fine-tunes, newest first."""
+        return self._page("/v1/fine_tuning/jobs", limit, after)
+
+    def finetune_events(self, job_id: str, limit: int, after: str | None = None) -> Json:
+        """A page of what happened to a fine-tune, newest first."""
+        return self._page(f"/v1/fine_tuning/jobs/{job_id}/events", limit, after)
+
+    def ask_finetune(self, job_id: str, wanted: Literal["cancel", "pause", "resume"]) -> Json:
+        """Ask a fine-tune to stop or to go on."""
+        return self._json("POST", f"/v1/fine_tuning/jobs/{job_id}/{wanted}")
 
     # --- chat and state ---
 
@@ -138,6 +157,12 @@ class Client:
         return response.status_code == httpx.codes.OK, _body(response)
 
     # --- the wire ---
+
+    def _page(self, path: str, limit: int, after: str | None) -> Json:
+        query: dict[str, str | int] = {"limit": limit}
+        if after is not None:
+            query["after"] = after
+        return self._json("GET", path, params=query)
 
     def _json(self, method: str, path: str, **arguments: Any) -> Json:
         headers = {"idempotency-key": str(uuid.uuid4())} if method == "POST" else {}

@@ -10,7 +10,9 @@ import click
 
 from cli.commands.batch import batch
 from cli.commands.chat import chat
+from cli.commands.compare import compare
 from cli.commands.doctor import doctor
+from cli.commands.finetune import finetune
 from cli.commands.keys import keys
 from cli.commands.models import models
 from cli.commands.node import up, worker
@@ -27,7 +29,7 @@ def vlmq() -> None:
     """A self-hosted job queue for vision-language models."""
 
 
-for command in (up, worker, chat, batch, models, status, health, keys, doctor):
+for command in (up, worker, chat, compare, batch, finetune, models, status, health, keys, doctor):
     vlmq.add_command(command)
 models.add_command(pull_model)
 

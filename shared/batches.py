@@ -295,10 +295,13 @@ class BatchStore:
         return [bytes(member).decode() for member in found]
 
     def ended_before(self, unix_s: int) -> Sequence[Batch]:
-        """Batches that ended before that."""
+        """Batches that ended before that, and that no live fine-tune reads."""
         ids = self._redis.zrangebyscore(f"{PREFIX}ended", "-inf", f"({unix_s}")
         found = self._read([bytes(batch_id).decode() for batch_id in ids])
-        return [batch for batch in found if batch is not None]
+        return [batch for batch in found if batch is not None and not self._is_used(batch)]
+
+    def _is_used(self, batch: Batch) -> bool:
+        return bool(self._redis.scard(f"{PREFIX}users:{batch.id}"))
 
     def remove(self, batch: Batch) -> None:
         """Forget a batch that has ended, in Redis and then on disk."""

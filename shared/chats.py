@@ -22,6 +22,7 @@ import msgspec
 from shared.connection import PREFIX, Connection, redis_errors
 from shared.errors import (
     EngineCrashed,
+    GpuLent,
     ModelUnavailable,
     QueueUnavailable,
     RateLimited,
@@ -124,7 +125,7 @@ class ChatQueue:
     ) -> ChatReply:
         """Put a validated request in line; ``images`` is how many it holds, to be counted.
 
-        Raises: ModelUnavailable when no node has or can load it, RateLimited, QueueUnavailable.
+        Raises: ModelUnavailable when no node has or can load it, GpuLent, RateLimited, QueueUnavailable.
         """
         deadline = time.time() + timeout_s
         job = ChatJob(new_id("chatcmpl-"), owner, model, body, self._inbox, deadline)
@@ -138,9 +139,12 @@ class ChatQueue:
     def _submit(self, job: ChatJob, images: int) -> ChatReply:
         model = job.model
         if not self.presence.obtainable(model):
+            lent = self.presence.lent(model)
+            if lent is not None:
+                raise GpuLent(f"{lent}; try again in a while", param="model")
             raise ModelUnavailable(
                 f"no running worker serves the model '{model}' right now; one that was linked "
-                "after the node started is served from the node's next start on",
+                "a moment ago is loaded first ('vlmq status' shows it)",
                 param="model",
             )
         reply = ChatReply(self, job, images=images)

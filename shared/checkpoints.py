@@ -163,7 +163,7 @@ def own_code(folder: Path) -> str | None:
 
 def indexed_names(index: Path) -> dict[str, str]:
     """Which file holds which tensor, as an index says. Raises: CheckpointInvalid."""
-    raw = _read_object(index)
+    raw = read_object(index)
     names = raw.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointInvalid(f"{index} has no weight_map; copy it anew")
@@ -275,7 +275,7 @@ def _are_sizes(value: Any) -> bool:
 def _check_config(path: Path) -> None:
     if not path.is_file():
         raise CheckpointInvalid(f"{path.parent} holds no {CONFIG}; is it a checkpoint?")
-    config = _read_object(path)
+    config = read_object(path)
     kinds = config.get("architectures")
     if not isinstance(kinds, list):
         kinds = []
@@ -296,7 +296,8 @@ def _has_auto_map(value: Any) -> bool:
     return isinstance(value, list) and any(_has_auto_map(part) for part in value)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A file with one JSON object. Raises: CheckpointInvalid naming the file."""
     try:
         return _decode(path, path.read_bytes(), "it")
     except OSError as error:

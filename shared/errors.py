@@ -1,13 +1,13 @@
 """Every failure vlmq reports, as one tree.
 
 An exception's docstring is its default message. ``code`` is what a client sees; ``retryable``
-says whether the same request may succeed later. HTTP statuses live in ``shared.statuses`` so that
+says whether the same request may succeed later, ``retry_after_s`` when to try. HTTP statuses live in ``shared.statuses`` so that
 the API and the lines of a batch's error file agree.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class VlmqError(Exception):
@@ -15,6 +15,8 @@ class VlmqError(Exception):
 
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
+    retry_after_s: ClassVar[int] = 1
+    """When to try again, if ``retryable``."""
 
     def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
         self.message = message or (type(self).__doc__ or "").strip().splitlines()[0]
@@ -68,7 +70,7 @@ class EmptyFile(InvalidRequest):
 
 
 class FileInUse(InvalidRequest):
-    """The file is the input of a batch that has not finished; cancel the batch first."""
+    """A batch or fine-tune that has not finished reads this file; cancel that one first."""
 
     code = "file_in_use"
 
@@ -145,6 +147,73 @@ class RateLimited(VlmqError):
 
     code = "rate_limited"
     retryable = True
+
+
+# --- the data of a fine-tune is wrong ---------------------------------------------------------
+
+
+class DatasetInvalid(InvalidRequest):
+    """The training data cannot be used as it is.
+
+    ``report`` holds what was found until then, in the form of the job's ``data_report``.
+    """
+
+    code = "dataset_invalid"
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        report: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message, param=param)
+        self.report: dict[str, Any] = report or {}
+
+
+class DatasetFormatUnclear(DatasetInvalid):
+    """The format of the rows cannot be told; name it in the job's 'format'."""
+
+    code = "dataset_format_unclear"
+
+
+class TooManyRows(DatasetInvalid):
+    """The dataset has more rows than this server accepts."""
+
+    code = "too_many_rows"
+
+
+class TooManyBadRows(DatasetInvalid):
+    """Too large a share of the rows cannot be used."""
+
+    code = "too_many_bad_rows"
+
+
+class TooFewRows(DatasetInvalid):
+    """Too few rows can be used."""
+
+    code = "too_few_rows"
+
+
+class ArchiveInvalid(DatasetInvalid):
+    """The archive of images cannot be read."""
+
+    code = "archive_invalid"
+
+
+class RowUnusable(InvalidRequest):
+    """The row cannot be trained on.
+
+    ``reason`` is what rows dropped for the same fault are counted under.
+    """
+
+    code = "row_unusable"
+
+    def __init__(
+        self, message: str | None = None, *, param: str | None = None, reason: str | None = None
+    ) -> None:
+        super().__init__(message, param=param)
+        self.reason = reason or self.code
 
 
 # --- an image is wrong ------------------------------------------------------------------------
@@ -254,6 +323,14 @@ class ModelUnavailable(VlmqError):
     retryable = True
 
 
+class GpuLent(VlmqError):
+    """The GPU of this model's engines is lent to a fine-tune; try again in a while."""
+
+    code = "gpu_lent"
+    retryable = True
+    retry_after_s = 30
+
+
 class RequestTimedOut(VlmqError):
     """No answer came in time."""
 
@@ -286,6 +363,60 @@ class HubUnavailable(VlmqError):
     retryable = True
 
 
+class ComparisonFailed(VlmqError):
+    """The tuned model could not be compared with its base."""
+
+    code = "comparison_failed"
+
+
+class ComparisonTimedOut(ComparisonFailed):
+    """The held-out rows were not answered in time; the job is paused, resume it to go on."""
+
+    code = "comparison_timed_out"
+
+
+class TrainingFailed(VlmqError):
+    """The fine-tune could not be finished; its checkpoints are kept."""
+
+    code = "training_failed"
+
+
+class TrainingCrashed(TrainingFailed):
+    """Training died too often without getting any further; its log says why."""
+
+    code = "training_crashed"
+
+
+class LossBad(TrainingFailed):
+    """The loss is no number or went up for good; try a lower learning rate."""
+
+    code = "loss_bad"
+
+
+class TrainingDataGone(TrainingFailed):
+    """The job's own copy of its data was removed while it ran; create the job again."""
+
+    code = "training_data_gone"
+
+
+class BaseModelGone(TrainingFailed):
+    """The base model was removed while it was being tuned; link it again and create a new job."""
+
+    code = "base_model_gone"
+
+
+class ConversionFailed(TrainingFailed):
+    """The checkpoint could not be turned into a model's folder."""
+
+    code = "conversion_failed"
+
+
+class TrainingConfigInvalid(InvalidRequest):
+    """The configuration cannot be used for training."""
+
+    code = "training_config_invalid"
+
+
 # --- the ground gave way ----------------------------------------------------------------------
 
 
@@ -294,6 +425,13 @@ class StorageFull(VlmqError):
 
     code = "storage_full"
     retryable = True
+
+
+class NotEnoughDisk(StorageFull):
+    """The disk cannot hold this fine-tune's checkpoints and model."""
+
+    code = "not_enough_disk"
+    retryable = False
 
 
 class StorageFailed(VlmqError):

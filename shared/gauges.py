@@ -13,7 +13,7 @@ import msgspec
 
 from shared.connection import PREFIX, Connection
 from shared.leases import CONTROL_LANE, model_lane
-from shared.metrics import BATCHES, CHATS, KEY, counted
+from shared.metrics import BATCHES, CHATS, FINETUNES, KEY, counted
 from shared.presence import NodeReport, Presence
 from shared.queue import Tickets, chat_queue
 
@@ -41,6 +41,10 @@ class Gauges(msgspec.Struct, frozen=True):
     leases_held: int
     batches: dict[str, int]
     """By state."""
+    finetunes: dict[str, int]
+    """By state."""
+    finetune_step_s: dict[str, float]
+    """Of what trains now, by base model; the longest if several do."""
 
 
 class GaugeReader:
@@ -54,7 +58,7 @@ class GaugeReader:
     def read(self) -> Gauges:
         """Look now. Raises: QueueUnavailable."""
         nodes = self._presence.nodes()
-        states = BATCHES.known["state"]
+        states, tuning = BATCHES.known["state"], FINETUNES.known["state"]
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.time()
         pipeline.hgetall(KEY)
@@ -63,7 +67,10 @@ class GaugeReader:
         pipeline.zcard(f"{PREFIX}leases")
         for state in states:
             pipeline.scard(f"{PREFIX}state:{state}")
-        (seconds, micros), counters, waiting, held, leases, *sizes = pipeline.execute()
+        for state in tuning:
+            pipeline.scard(f"{PREFIX}finetune_state:{state}")
+        pipeline.hvals(f"{PREFIX}finetune_steps")
+        (seconds, micros), counters, waiting, held, leases, *sizes, steps = pipeline.execute()
         now_s = seconds + micros / 1_000_000
         numbers = _numbers(counters)
         models = _models(nodes, _numbers(waiting), numbers)
@@ -76,7 +83,9 @@ class GaugeReader:
             chats_waiting=chats,
             chats_open=chats_open,
             leases_held=leases,
-            batches=dict(zip(states, sizes, strict=True)),
+            batches=dict(zip(states, sizes[: len(states)], strict=True)),
+            finetunes=dict(zip(tuning, sizes[len(states) :], strict=True)),
+            finetune_step_s=_longest(steps),
         )
 
     def _lanes(
@@ -111,6 +120,12 @@ def _models(
     served = {replica.model for node in nodes for replica in node.replicas}
     queued = {lane.removeprefix("model/") for lane in waiting if lane != CONTROL_LANE}
     return sorted(served | queued | {model for model, _ in counted(counters, CHATS)})
+
+
+def _longest(steps: Sequence[bytes]) -> dict[str, float]:
+    """The longest step by model; each row is a model and seconds."""
+    rows = [msgspec.json.decode(row, type=tuple[str, float]) for row in steps]
+    return dict(sorted(rows))  # the last of a model is its longest
 
 
 def _numbers(fields: dict[bytes, bytes]) -> dict[str, int]:

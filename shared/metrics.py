@@ -168,6 +168,46 @@ CHAT_DURATION = Metric(
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600),
 )
 
+# --- fine-tunes -------------------------------------------------------------------------------
+
+FINETUNES = Metric(
+    "vlmq_finetunes",
+    "gauge",
+    "Fine-tunes that have not ended, by state",
+    ("state",),
+    {"state": ("validating_files", "queued", "running", "paused")},
+)
+FINETUNES_CREATED = Metric(
+    "vlmq_finetunes_created_total", "counter", "Fine-tunes that were entered"
+)
+FINETUNES_ENDED = Metric(
+    "vlmq_finetunes_ended_total",
+    "counter",
+    "Fine-tunes that ended, by how",
+    ("state",),
+    {"state": ("succeeded", "failed", "cancelled")},
+)
+FINETUNE_STEP = Metric(
+    "vlmq_finetune_step_seconds",
+    "gauge",
+    "Time per optimizer step of what trains now, by the base model; the longest if several do",
+    ("model",),
+)
+FINETUNE_LEASES_REAPED = Metric(
+    "vlmq_finetune_leases_reaped_total",
+    "counter",
+    "Fine-tunes taken back from workers that died, or were silent past their lease",
+    ("reason",),
+    {"reason": ("expired", "worker_died")},
+)
+FINETUNE_GPUS = Metric(
+    "vlmq_finetune_gpus",
+    "gauge",
+    "GPUs that fine-tunes may take, by whether one has taken it",
+    ("node", "state"),
+    {"state": ("free", "taken")},
+)
+
 # --- machines ---------------------------------------------------------------------------------
 
 NODES = Metric("vlmq_nodes", "gauge", "Nodes that reported within the last seconds")
@@ -179,7 +219,7 @@ REPLICAS = Metric(
     "gauge",
     "Engine processes by state",
     ("node", "model", "state"),
-    {"state": ("starting", "ready", "failed", "restarting", "stopping", "unloaded")},
+    {"state": ("starting", "ready", "failed", "restarting", "stopping", "unloaded", "lent")},
 )
 REPLICA_RESTARTS = Metric(
     "vlmq_replica_restarts_total",
@@ -215,7 +255,6 @@ STORAGE_MIN_FREE = Metric(
 )
 BUILD = Metric("vlmq_build_info", "gauge", "Always 1; the version is in the label", ("version",))
 
-# Fine-tuning's metrics (time per training step and the like) join this table with its programs.
 METRICS: tuple[Metric, ...] = (
     CHUNKS_WAITING,
     CHUNKS_HELD,
@@ -237,6 +276,12 @@ METRICS: tuple[Metric, ...] = (
     CHAT_ERRORS,
     FIRST_TOKEN,
     CHAT_DURATION,
+    FINETUNES,
+    FINETUNES_CREATED,
+    FINETUNES_ENDED,
+    FINETUNE_STEP,
+    FINETUNE_LEASES_REAPED,
+    FINETUNE_GPUS,
     NODES,
     PROGRAM_READY,
     REPLICAS,

@@ -19,6 +19,7 @@ from shared.clock import unix_now
 from shared.errors import CheckpointInvalid, InvalidValue, ModelNotFound, StorageFailed
 from shared.storage import Layout, read_json, storage_errors, write_json
 
+MAX_NAME_CHARACTERS = 128
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 _CACHE_S = 1.0
 
@@ -60,6 +61,12 @@ class ModelRecord(msgspec.Struct, frozen=True):
     defaults: ModelDefaults = ModelDefaults()
     visible_to: str | None = None
     source: ModelSource | None = None
+    base: str | None = None
+    """The model that this one was tuned from; nodes that serve the base serve it, too."""
+    job: str | None = None
+    """The fine-tune that made it."""
+    candidate: bool = False
+    """Loaded for its own job's comparison only; nobody else sees it yet."""
     revision: int = 1
     """Grows when the model is linked anew or reloaded; nodes then replace their engines."""
 
@@ -84,8 +91,14 @@ class ModelRegistry:
         defaults: ModelDefaults = ModelDefaults(),  # noqa: B008 - frozen
         replace: bool = False,
         source: ModelSource | None = None,
+        visible_to: str | None = None,
+        base: str | None = None,
+        job: str | None = None,
+        candidate: bool = False,
     ) -> ModelRecord:
         """Record a model under ``name``. ``path`` may be ``None`` for engines without weights.
+
+        A model with ``base`` is served wherever that one is, as that one is.
 
         Raises: InvalidValue, or CheckpointInvalid naming what is wrong with the folder.
         """
@@ -101,12 +114,14 @@ class ModelRegistry:
             created=unix_now(),
             owned_by=owner,
             defaults=defaults,
+            visible_to=visible_to,
             source=source,
+            base=base,
+            job=job,
+            candidate=candidate,
             revision=1 if present is None else present.revision + 1,
         )
-        write_json(self._file(name), record)
-        self._cached_at = float("-inf")
-        return record
+        return self._write(record)
 
     def require_free(self, name: str, *, replace: bool) -> None:
         """Make sure that a model could be linked as ``name``. Raises: InvalidValue."""
@@ -123,17 +138,16 @@ class ModelRegistry:
 
     def reload(self, name: str) -> ModelRecord:
         """Ask the nodes that serve ``name`` to load it anew. Raises: ModelNotFound."""
-        present = self._read_all().get(name)
-        if present is None:
-            raise ModelNotFound(f"there is no model '{name}'", param="name")
-        record = msgspec.structs.replace(present, revision=present.revision + 1)
-        write_json(self._file(name), record)
-        self._cached_at = float("-inf")
-        return record
+        present = self._present(name)
+        return self._write(msgspec.structs.replace(present, revision=present.revision + 1))
+
+    def publish(self, name: str) -> ModelRecord:
+        """Make a candidate a registered model; its engines stay loaded. Raises: ModelNotFound."""
+        return self._write(msgspec.structs.replace(self._present(name), candidate=False))
 
     def get(self, name: str) -> ModelRecord:
-        """The model ``name``. Raises: ModelNotFound. May be a second old."""
-        record = self._all().get(name)
+        """The model ``name``. Raises: ModelNotFound. What is known of it may be a second old."""
+        record = self._find(name)
         if record is None:
             raise ModelNotFound(
                 f"there is no model '{name}'; GET /v1/models lists those linked", param="model"
@@ -142,21 +156,58 @@ class ModelRegistry:
 
     def knows(self, name: str, owner: str) -> bool:
         """Whether ``name`` is linked and ``owner`` may use it."""
-        record = self._all().get(name)
+        record = self._find(name)
         return record is not None and record.visible_to in (None, owner)
 
     def list(self) -> list[ModelRecord]:
         """All models, by name."""
         return sorted(self._read_all().values(), key=lambda record: record.name)
 
+    def by_name(self) -> dict[str, ModelRecord]:
+        """All models by name, for programs that drop what is missing.
+
+        Raises: StorageFailed, also where the registry's folder is missing: a disk that is not
+        mounted must not be taken for an empty registry.
+        """
+        found = self._read_all()
+        if not self._folder.is_dir():
+            raise StorageFailed(f"{self._folder} is not there; is the shared storage mounted?")
+        return found
+
     def remove(self, name: str) -> None:
-        """Forget a model; its folder stays. Raises: ModelNotFound."""
+        """Forget a model; its folder stays. What was tuned from it is served like its own base.
+
+        Raises: ModelNotFound.
+        """
+        base = self._present(name).base
+        if base is not None:
+            for record in self._read_all().values():
+                if record.base == name:
+                    self._write(msgspec.structs.replace(record, base=base))
         with storage_errors(self._folder):
             try:
                 self._file(name).unlink()
             except FileNotFoundError:
                 raise ModelNotFound(f"there is no model '{name}'", param="name") from None
         self._cached_at = float("-inf")
+
+    def _find(self, name: str) -> ModelRecord | None:
+        # Whoever just linked a model may use it at once.
+        known = self._all().get(name)
+        if known is None and _NAME.fullmatch(name):
+            return _read(self._file(name))
+        return known
+
+    def _present(self, name: str) -> ModelRecord:
+        record = _read(self._file(name)) if _NAME.fullmatch(name) else None
+        if record is None:
+            raise ModelNotFound(f"there is no model '{name}'", param="name")
+        return record
+
+    def _write(self, record: ModelRecord) -> ModelRecord:
+        write_json(self._file(record.name), record)
+        self._cached_at = float("-inf")
+        return record
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{quote(name, safe='')}.json"
@@ -173,15 +224,20 @@ class ModelRegistry:
         for path in self._folder.glob("*.json"):
             if path.name.startswith("."):
                 continue
-            value = read_json(path)
-            if value is None:
-                continue
-            try:
-                record = msgspec.convert(value, ModelRecord)
-            except msgspec.ValidationError as error:
-                raise StorageFailed(f"{path} is not a model record: {error}") from error
-            found[record.name] = record
+            record = _read(path)
+            if record is not None:
+                found[record.name] = record
         return found
+
+
+def _read(path: Path) -> ModelRecord | None:
+    value = read_json(path)
+    if value is None:
+        return None
+    try:
+        return msgspec.convert(value, ModelRecord)
+    except msgspec.ValidationError as error:
+        raise StorageFailed(f"{path} is not a model record: {error}") from error
 
 
 def _checked_folder(path: Path, engine: str | None, *, pickles: bool) -> Path:

@@ -14,7 +14,7 @@ CONSUMER_TTL_S = 6.0
 _CACHE_S = 0.5
 _NODES = f"{PREFIX}nodes"
 
-ReplicaState = Literal["starting", "ready", "failed", "restarting", "stopping", "unloaded"]
+ReplicaState = Literal["starting", "ready", "failed", "restarting", "stopping", "unloaded", "lent"]
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):
@@ -37,6 +37,14 @@ class GpuReport(msgspec.Struct, frozen=True):
     utilisation: float | None = None
 
 
+class FinetuneReport(msgspec.Struct, frozen=True):
+    """What a machine does for fine-tunes: GPUs they may take, those free of them, and their ids."""
+
+    gpus_total: int
+    gpus_free: int
+    running: list[str] = []
+
+
 class NodeReport(msgspec.Struct, frozen=True):
     """One machine. ``updated_at`` is in Unix seconds."""
 
@@ -47,8 +55,12 @@ class NodeReport(msgspec.Struct, frozen=True):
     """Each program and its state, e.g. ``{"chat": "ready"}``."""
     obtainable: list[str] = []
     """Models without a ready replica that a request for them brings, or that are being replaced."""
+    lent: dict[str, str] = {}
+    """Models whose engines had to leave for fine-tunes, with the reason for people."""
     gpus: list[GpuReport] = []
     """All GPUs that the driver knows, whoever uses them."""
+    finetune: FinetuneReport | None = None
+    """None where fine-tunes do not run."""
 
 
 class Presence:
@@ -92,6 +104,10 @@ class Presence:
     def obtainable(self, model: str) -> bool:
         """Whether a request for ``model`` can be answered, perhaps after it was loaded. As old."""
         return self.serving(model) or any(model in node.obtainable for node in self._recent())
+
+    def lent(self, model: str) -> str | None:
+        """Why no engine of ``model`` is to be had for a while, if one would be otherwise. As old."""
+        return next((node.lent[model] for node in self._recent() if model in node.lent), None)
 
     def _recent(self) -> list[NodeReport]:
         if time.monotonic() - self._read_at > _CACHE_S:

@@ -33,6 +33,8 @@ KEY_PREFIX = f"{PREFIX}celery:"
 CONTROL_QUEUE = "control"
 BATCH_TASK = "vlmq.batch"
 CHAT_TASK = "vlmq.chat"
+FINETUNE_QUEUE = "finetune"
+FINETUNE_TASK = "vlmq.finetune"
 
 
 def batch_queue(model: str) -> str:
@@ -120,6 +122,10 @@ class Tickets:
     def chat(self, model: str, chat_id: str) -> None:
         """A chat request waits for ``model``."""
         self.publish(chat_queue(model), CHAT_TASK, chat_id)
+
+    def finetune(self) -> None:
+        """Some fine-tune waits; the task's argument says nothing more. Raises: QueueUnavailable."""
+        self.publish(FINETUNE_QUEUE, FINETUNE_TASK, FINETUNE_QUEUE)
 
     def waiting(self, queue: str) -> int:
         """How many tickets wait in ``queue``."""

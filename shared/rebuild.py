@@ -1,8 +1,8 @@
 """Restoring Redis from shared storage, for when it was lost.
 
-Everything that was acknowledged to a client is on disk: files, what batches were asked, their
-manifests, committed shards, requests to stop, and how they ended. Work in progress is claimed
-anew. What is still in Redis is left as it is, so this may be run at any time, more than once.
+Everything that was acknowledged to a client is on disk: files, what batches and fine-tunes were
+asked, their manifests, committed shards, states, events, requests to stop, and how they ended. Work
+in progress is claimed anew. What is still in Redis is left as it is, so this may be run at any time, more than once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from shared.batches import BatchStore
 from shared.connection import PREFIX, Connection
 from shared.errors import StorageFailed
 from shared.files import FileRecord, FileStore
+from shared.finetune_store import FinetuneStore, used_by
 from shared.jobs import Batch, BatchProblem, BatchSpec, BatchState
 from shared.manifest import Manifest
 from shared.scripts import Scripts
@@ -35,10 +36,19 @@ def missing_batches(client: Any, layout: Layout) -> int:
 
     Anything but 0 means that Redis was lost, or another one is configured.
     """
-    ids = [folder.name for folder in _visible(layout.batches) if (folder / "batch.json").exists()]
+    return _missing(client, layout.batches, "batch.json", "batch")
+
+
+def missing_finetunes(client: Any, layout: Layout) -> int:
+    """How many fine-tunes are so. Raises: QueueUnavailable."""
+    return _missing(client, layout.finetunes, "job.json", "finetune")
+
+
+def _missing(client: Any, parent: Path, record: str, kind: str) -> int:
+    ids = [folder.name for folder in _visible(parent) if (folder / record).exists()]
     pipeline = client.pipeline(transaction=False)
-    for batch_id in ids:
-        pipeline.exists(f"{PREFIX}batch:{batch_id}")
+    for job_id in ids:
+        pipeline.exists(f"{PREFIX}{kind}:{job_id}")
     return sum(not exists for exists in pipeline.execute())
 
 
@@ -48,6 +58,7 @@ class RebuildReport(msgspec.Struct):
     files: int = 0
     batches: int = 0
     chunks_kept: int = 0
+    finetunes: int = 0
     damaged: list[str] = []
     """What could not be read. The chunk of a damaged shard is computed again."""
 
@@ -62,20 +73,25 @@ class Rebuild:
         layout: Layout,
         files: FileStore,
         batches: BatchStore,
+        finetunes: FinetuneStore,
     ) -> None:
         self._redis: Any = client
         self._scripts = scripts
         self._layout = layout
         self._files = files
         self._batches = batches
+        self._finetunes = finetunes
         self.report = RebuildReport()
 
     def run(self) -> RebuildReport:
         """Put back what Redis lacks. Raises: QueueUnavailable."""
         batches = _visible(self._layout.batches)
+        finetunes = _visible(self._layout.finetunes)
         self._each(batches, self._protect_input)
+        self._each(finetunes, self._protect_data)
         self._each(_visible(self._layout.files), self._file)
         self._each(batches, self._batch)
+        self._each(finetunes, self._finetune)
         self.report.damaged = sorted(set(self.report.damaged))
         return self.report
 
@@ -93,6 +109,12 @@ class Rebuild:
         if value is not None and not (folder / "final.json").exists():
             spec = msgspec.convert(value, BatchSpec)
             self._redis.sadd(f"{PREFIX}users:{spec.input_file_id}", spec.id)
+
+    def _protect_data(self, folder: Path) -> None:
+        job = self._finetunes.recorded(folder.name)
+        if job is not None and not job.is_terminal:
+            for used in used_by(job, self._layout):
+                self._redis.sadd(f"{PREFIX}users:{used}", job.id)
 
     def _file(self, folder: Path) -> None:
         value = read_json(folder / "file.json")
@@ -116,6 +138,13 @@ class Rebuild:
             self._batches.enter(spec)
             self._stop_again(spec, folder)
         self.report.batches += 1
+
+    def _finetune(self, folder: Path) -> None:
+        job = self._finetunes.recorded(folder.name)
+        if job is None:
+            return  # its creation was never acknowledged
+        self.report.damaged += self._finetunes.restore(job, token=_TOKEN_LEAP)
+        self.report.finetunes += 1
 
     def _running(self, spec: BatchSpec, folder: Path) -> None:
         plan = Manifest(folder).plan

@@ -1,6 +1,7 @@
-"""Deleting what has had its time: expired files, old uploads, old batches and their results.
+"""Deleting what has had its time: expired files, old uploads, old jobs and their results.
 
-Only what the settings say, only what has ended, and never a file that a live batch reads.
+Only what the settings say, only what has ended, and never a file that a live job reads or the
+folder of a model that is registered.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from shared.clock import unix_now
 from shared.errors import NotFound
+from shared.finetunes import Finetune
 from shared.jobs import Batch
 from shared.log import get_logger
 from shared.storage import TEMPORARY_SUFFIX, remove_tree, storage_errors
@@ -42,6 +44,9 @@ def sweep(stores: Stores) -> int:
         for batch in stores.batches.ended_before(_ago(storage.keep_batches_days)):
             _remove_batch(stores, batch)
             count += 1
+    if storage.keep_finetunes_days is not None:
+        for job in stores.finetunes.ended_before(_ago(storage.keep_finetunes_days)):
+            count += _remove_finetune(stores, job)
     if count:
         log.info("swept", removed=count)
     return count
@@ -50,14 +55,16 @@ def sweep(stores: Stores) -> int:
 def clear_leftovers(stores: Stores) -> int:
     """Delete what killed programs left half-written more than a day ago; returns how many things.
 
-    An upload without ``file.json`` was never acknowledged, and a folder being deleted has a name
-    of its own. Raises: StorageFailed.
+    An upload without ``file.json``, or a fine-tune without ``job.json``, was never acknowledged, and
+    a folder being deleted has a name of its own. Raises: StorageFailed.
     """
     count = 0
-    for parent in (stores.layout.files, stores.layout.batches):
+    layout = stores.layout
+    written_last = {layout.files: "file.json", layout.batches: None, layout.finetunes: "job.json"}
+    for parent, record in written_last.items():
         for folder in _folders(parent):
             half_deleted = folder.name.endswith(TEMPORARY_SUFFIX)
-            half_made = parent == stores.layout.files and not (folder / "file.json").exists()
+            half_made = record is not None and not (folder / record).exists()
             if (half_deleted or half_made) and _is_old(folder):
                 remove_tree(folder)
                 count += 1
@@ -82,11 +89,26 @@ def _is_old(folder: Path) -> bool:
 
 def _remove_batch(stores: Stores, batch: Batch) -> None:
     for file_id in (batch.output_file_id, batch.error_file_id):
-        if file_id is None:
-            continue
-        with suppress(NotFound):  # its owner deleted it already
-            stores.files.discard(stores.files.get(batch.owner, file_id))
+        if file_id is not None:
+            _discard_result(stores, batch.owner, file_id)
     stores.batches.remove(batch)
+
+
+def _remove_finetune(stores: Stores, job: Finetune) -> bool:
+    """Delete a job with its checkpoints, unless a registered model is in its folder."""
+    folder = stores.finetunes.path(job.id).resolve()
+    paths = [Path(record.path) for record in stores.models.list() if record.path is not None]
+    if any(path.resolve().is_relative_to(folder) for path in paths):
+        return False
+    for file_id in job.result_files:
+        _discard_result(stores, job.owner, file_id)
+    stores.finetunes.remove(job)
+    return True
+
+
+def _discard_result(stores: Stores, owner: str, file_id: str) -> None:
+    with suppress(NotFound):  # its owner deleted it already
+        stores.files.discard(stores.files.get(owner, file_id))
 
 
 def _ago(days: float) -> int:

@@ -1,24 +1,36 @@
-"""The Lua scripts: each step on a batch's record is one of them, so that it happens whole."""
+"""The Lua scripts: each step on a job's record is one of them, so that it happens whole."""
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Mapping
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from redis.commands.core import Script
 
 from shared.connection import Connection
+from shared.finetunes import FINETUNE_TRANSITIONS
 from shared.jobs import TRANSITIONS
+
+S = TypeVar("S", bound=enum.StrEnum)
 
 
 def _prelude() -> str:
+    folder = resources.files("shared") / "lua"
+    text = "\n".join((folder / name).read_text() for name in ("lib.lua", "ft_lib.lua"))
+    text = text.replace("@TRANSITIONS@", _table(TRANSITIONS))
+    return text.replace("@FINETUNE_TRANSITIONS@", _table(FINETUNE_TRANSITIONS))
+
+
+def _table(transitions: Mapping[S, frozenset[S]]) -> str:
+    """A table of states as JSON: ``{from: {to: true}}``."""
     table = {
-        state.value: {to.value: True for to in to_states}
-        for state, to_states in TRANSITIONS.items()
+        state.value: {to.value: True for to in following}
+        for state, following in transitions.items()
     }
-    text = (resources.files("shared") / "lua" / "lib.lua").read_text()
-    return text.replace("@TRANSITIONS@", msgspec.json.encode(table).decode())
+    return msgspec.json.encode(table).decode()
 
 
 class Scripts:

@@ -25,7 +25,7 @@ from shared.errors import ConfigurationError
 
 MIB = 1024 * 1024
 _ENV_PREFIX = "VLMQ_"
-_SECTIONS = frozenset({"storage", "redis", "api", "queue", "images", "node"})
+_SECTIONS = frozenset({"storage", "redis", "api", "queue", "images", "node", "finetune"})
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -45,6 +45,9 @@ class StorageSettings(_Section):
     """Uploaded files are deleted after this many days, unless a live batch needs them."""
     keep_batches_days: float | None = None
     """Finished batches and their output files are deleted after this many days."""
+    keep_finetunes_days: float | None = None
+    """Fine-tunes that ended are deleted after this many days, with checkpoints and result files,
+    but not one that a registered model came of."""
 
 
 class RedisSettings(_Section):
@@ -137,6 +140,28 @@ class ImageSettings(_Section):
     max_redirects: Annotated[int, Field(ge=0)] = 3
 
 
+class FinetuneSettings(_Section):
+    """Fine-tunes: on which GPUs of this machine, with which interpreter, within which bounds."""
+
+    gpus: tuple[str, ...] = ()
+    """GPUs that fine-tunes may take; engines on them leave meanwhile. Empty: the processor."""
+    max_jobs: Count = 1
+    """How many fine-tunes run on this machine at once."""
+    python: str | None = None
+    """The interpreter that has ``vlmq[training]``; none: this one."""
+    max_attempts: Count = 4
+    """How often in a row training may die without a new checkpoint before the job fails."""
+    stop_s: Seconds = 60
+    """How long a trainer that is asked to stop may take for its last checkpoint."""
+    lend_wait_s: Seconds = 900
+    """How long engines may take to finish before a fine-tune takes their GPU."""
+    compare_wait_s: Seconds = 1800
+    """How long a tuned model may take to be loaded and to answer the held-out rows."""
+    max_rows: Count = 2_000_000
+    config_owners: tuple[str, ...] = ()
+    """Owners who may send a configuration of their own, which is code that runs here."""
+
+
 class ServeSettings(_Section):
     """One model that this node serves."""
 
@@ -173,13 +198,14 @@ class NodeSettings(_Section):
     name: str = Field(default_factory=socket.gethostname)
     run_id: str = ""
     """Set by the node for its children, so that its reaper may judge which of them are dead."""
-    roles: tuple[Literal["api", "redis", "chat", "batch", "engines", "reaper"], ...] = (
+    roles: tuple[Literal["api", "redis", "chat", "batch", "engines", "reaper", "finetune"], ...] = (
         "api",
         "redis",
         "chat",
         "batch",
         "engines",
         "reaper",
+        "finetune",
     )
     serve: tuple[ServeSettings, ...] = ()
     """Without any, a node serves every linked model, each with the engine it was linked with."""
@@ -198,6 +224,8 @@ class NodeSettings(_Section):
     """How long a model that was loaded on demand may work before it has to make room."""
     warm_up_limit_s: Seconds = 300
     """How long a loaded engine may take for its first answers."""
+    load_limit_s: Seconds = 1800
+    """An engine process that has not loaded its model by then hangs, and is killed and restarted."""
     engine_silence_s: Seconds = 60
     """An engine process that says nothing for so long hangs, and is killed and started again."""
     batch_nice: Annotated[int, Field(ge=0, le=19)] = 10
@@ -217,6 +245,7 @@ class Settings(BaseSettings):
     queue: QueueSettings = QueueSettings()
     images: ImageSettings = ImageSettings()
     node: NodeSettings = Field(default_factory=NodeSettings)
+    finetune: FinetuneSettings = FinetuneSettings()
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @classmethod

@@ -30,6 +30,7 @@ _STATUS: dict[type[VlmqError], int] = {
     errors.ImagesCutOtherwise: 503,
     errors.RequestAborted: 499,
     errors.ModelUnavailable: 503,
+    errors.GpuLent: 503,
     errors.RequestTimedOut: 504,
     errors.BatchCancelled: 409,
     errors.BatchExpired: 409,

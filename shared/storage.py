@@ -32,6 +32,7 @@ class Layout:
         self.batches = data_dir / "batches"
         self.models = data_dir / "models"
         self.checkpoints = data_dir / "checkpoints"
+        self.finetunes = data_dir / "finetunes"
         self.keys = data_dir / "keys.json"
 
     def file_dir(self, file_id: str) -> Path:
@@ -42,10 +43,14 @@ class Layout:
         """The folder of one batch."""
         return self.batches / batch_id
 
+    def finetune_dir(self, job_id: str) -> Path:
+        """The folder of one fine-tune."""
+        return self.finetunes / job_id
+
     def create(self) -> None:
         """Make the folders, readable by this user only (they hold people's images)."""
         with storage_errors(self.root):
-            for folder in (self.root, self.files, self.batches, self.models):
+            for folder in (self.root, self.files, self.batches, self.models, self.finetunes):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 

@@ -8,6 +8,7 @@ from shared.batches import BatchStore
 from shared.chats import ChatQueue
 from shared.connection import Connection, connect
 from shared.files import FileStore
+from shared.finetune_store import FinetuneStore
 from shared.gauges import GaugeReader
 from shared.idempotency import IdempotencyStore
 from shared.keys import KeyStore
@@ -47,6 +48,14 @@ class Stores:
         )
         self.results = ResultStore(self.batches, self.files)
         self.retries = Retries(self.batches, self.files, self.results)
+        self.finetunes = FinetuneStore(
+            client,
+            scripts,
+            self.layout,
+            self.tickets,
+            ttl_s=settings.queue.lease_ttl_s,
+            min_free_bytes=min_free,
+        )
         self.models = ModelRegistry(self.layout)
         self.keys = KeyStore(self.layout.keys)
         self.presence = Presence(client)
@@ -63,7 +72,9 @@ class Stores:
 
     def rebuild(self) -> RebuildReport:
         """Put back into Redis what shared storage holds and Redis lacks."""
-        return Rebuild(self.redis, self._scripts, self.layout, self.files, self.batches).run()
+        return Rebuild(
+            self.redis, self._scripts, self.layout, self.files, self.batches, self.finetunes
+        ).run()
 
     def close(self) -> None:
         """Let go of threads and connections."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = {"model_type": "internvl_chat", "architectures": ["InternVLChatModel"]}
+TUNABLE = {**CONFIG, "llm_config": {"architectures": ["InternLM2ForCausalLM"]}}
 TENSORS = {"a": ("F32", [2, 3], 24), "b": ("BF16", [5], 10), "none": ("U8", [0, 4], 0)}
 
 
@@ -27,10 +28,10 @@ def with_header(header: bytes, body: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header + body
 
 
-def write_checkpoint(folder: Path) -> Path:
+def write_checkpoint(folder: Path, config: Mapping[str, Any] = CONFIG) -> Path:
     """A folder with one file of weights that can be linked."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(safetensors())
     return folder

@@ -1,7 +1,7 @@
 """The Celery workers: which pool serves which queues, and how they stop.
 
 Batch: a prefork pool, one chunk at a time per process. Chat: a threads pool, one request per
-thread. Both acknowledge early; what must not be lost is guarded by leases, not by the queue.
+thread. Fine-tunes: a threads pool, one job per thread. All acknowledge early; what must not be lost is guarded by leases, not by the queue.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from celery.exceptions import SecurityWarning
 
 from shared.log import get_logger
 from shared.process import die_with_parent, usable_cores
-from shared.queue import CONTROL_QUEUE, batch_queue, chat_queue, make_celery
+from shared.queue import FINETUNE_QUEUE, make_celery
 from shared.settings import Settings
 from workers.batch_worker import BatchWorker
+from workers.finetune_worker import FinetuneWorker, threads_of
 from workers.inference.chat import ChatWorker
 from workers.placement import count_batch_processes
-from workers.tasks import register_batch_task, register_chat_task
+from workers.subscriptions import Subscriber, Wanted
+from workers.tasks import register_batch_task, register_chat_task, register_finetune_task
 
 log = get_logger(__name__)
 
@@ -60,7 +62,10 @@ class DrainFlag:
 
 
 def run_batch_consumer(settings: Settings) -> None:
-    """Serve the control queue and the batch queues of this node's models until SIGTERM."""
+    """Serve the control queue and the batch queues of this node's models until SIGTERM.
+
+    Raises: StorageFailed if the registry of models cannot be read.
+    """
     os.nice(settings.node.batch_nice)
     app = make_celery(settings)
     flag = DrainFlag(settings.queue.drain_s)
@@ -89,14 +94,16 @@ def run_batch_consumer(settings: Settings) -> None:
     signals.worker_process_init.connect(after_fork, weak=False)
     signals.worker_shutting_down.connect(on_stop, weak=False)
     register_batch_task(app, run_slice)
-    models = _served_models(settings)
-    queues = [CONTROL_QUEUE, *(batch_queue(model) for model in models)]
-    processes = count_batch_processes(settings.node, usable_cores())
-    _run(app, "batch", settings, queues, pool="prefork", concurrency=processes)
+    wanted = Wanted(settings)
+    processes = count_batch_processes(settings.node, wanted.entries(), usable_cores())
+    _run(app, "batch", settings, wanted.batch, pool="prefork", concurrency=processes)
 
 
 def run_chat_consumer(settings: Settings) -> None:
-    """Serve the chat queues of this node's models until SIGTERM."""
+    """Serve the chat queues of this node's models until SIGTERM.
+
+    Raises: StorageFailed if the registry of models cannot be read.
+    """
     app = make_celery(settings)
     worker = ChatWorker(settings, worker_name(settings))
 
@@ -108,9 +115,30 @@ def run_chat_consumer(settings: Settings) -> None:
     signals.worker_shutting_down.connect(on_stop, weak=False)
     register_chat_task(app, worker.run)
     worker.start()
-    queues = [chat_queue(model) for model in _served_models(settings)]
+    wanted, threads = Wanted(settings), settings.node.chat_threads
     try:
-        _run(app, "chat", settings, queues, pool="threads", concurrency=settings.node.chat_threads)
+        _run(app, "chat", settings, wanted.chat, pool="threads", concurrency=threads)
+    finally:
+        worker.close()
+
+
+def run_finetune_consumer(settings: Settings) -> None:
+    """Serve the queue of fine-tunes until SIGTERM; then trainings save a checkpoint and end."""
+    app = make_celery(settings)
+    worker = FinetuneWorker(settings, worker_name(settings))
+
+    def on_stop(**_: Any) -> None:
+        worker.stop()
+
+    signals.worker_shutting_down.connect(on_stop, weak=False)
+    register_finetune_task(app, worker.run)
+    threads = threads_of(settings)
+
+    def finetune_queues() -> list[str]:
+        return [FINETUNE_QUEUE]
+
+    try:
+        _run(app, "finetune", settings, finetune_queues, pool="threads", concurrency=threads)
     finally:
         worker.close()
 
@@ -129,23 +157,31 @@ def start_ticks(pid: int) -> int:
     return int(status.rpartition(")")[2].split()[19])
 
 
-def _served_models(settings: Settings) -> list[str]:
-    return sorted({serve.model for serve in settings.node.serve})
-
-
 def _run(
     app: Celery,
     role: str,
     settings: Settings,
-    queues: Sequence[str],
+    wanted: Callable[[], Sequence[str]],
     *,
     pool: str,
     concurrency: int,
 ) -> None:
+    queues = wanted()
+    subscribers: list[Subscriber] = []
+
+    def on_ready(sender: Any, **_: Any) -> None:
+        subscribers.append(Subscriber(sender, wanted))
+
+    def on_stop(**_: Any) -> None:
+        for subscriber in subscribers:
+            subscriber.stop()
+
+    signals.worker_ready.connect(on_ready, weak=False)
+    signals.worker_shutting_down.connect(on_stop, weak=False)
     app.conf.worker_prefetch_multiplier = 1
     # Its advice about root concerns pickled tasks; ours are JSON with one string.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    log.info("consumer_starting", role=role, queues=list(queues), concurrency=concurrency)
+    log.info("consumer_starting", role=role, queues=queues, concurrency=concurrency)
     app.worker_main(
         [
             "worker",

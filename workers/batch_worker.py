@@ -87,10 +87,19 @@ class BatchWorker:
                 return
 
     def _engines_away(self, lane: str) -> bool:
-        """Whether the lane's model is not loaded here; its chunks are for when it is."""
+        """Whether the lane's model is not loaded here; its chunks are for when it is.
+
+        Those of a model that was removed need no engine to fail.
+        """
         if lane == CONTROL_LANE:
             return False
-        return Standby(self._settings.run_dir, model_of(lane)).is_on()
+        model = model_of(lane)
+        if not Standby(self._settings.run_dir, model).is_on():
+            return False
+        try:
+            return self._model(model) is not None
+        except StorageFailed:
+            return True  # the reaper publishes another ticket
 
     def _pass_on(self, lane: str) -> None:
         """Let the next ticket's holder go on with what is left."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from shared.models import ModelRecord
 from shared.presence import ReplicaReport
@@ -17,12 +18,14 @@ from workers import residency
 from workers.inference.engines.standby import Standby
 from workers.inference.engines.wire import socket_path
 from workers.inference.suspects import engines_lock, in_use
+from workers.lending import Lending, Loan
 from workers.lookout import Lookout
-from workers.placement import Placement, Seat
+from workers.placement import Placement, Seat, gpus_of, place_like, takes_any_gpu
 from workers.processes import Child, Program, State
 from workers.pulse import Pulse, Target
 from workers.residency import Limits, Standing
 from workers.served_model import Replica, ServedModel, Surroundings
+from workers.serving import Served, serve_now
 
 PLAN_EVERY_S = 0.25
 IDLE_S = 2.0
@@ -46,37 +49,32 @@ class Fleet:
         make_program: MakeProgram,
         tell: Callable[[Child], None],
         say: Callable[[str], object],
+        changed: Callable[[], object] = lambda: None,
     ) -> None:
         self._settings = settings
         self._make_program = make_program
         self._tell = tell
         self._limits = Limits(settings.node.max_model_wait_s, settings.node.min_resident_s)
         self._pulse = Pulse()
+        self._lending = Lending(settings.run_dir, wait_s=settings.finetune.lend_wait_s)
         self._plan_at_s = 0.0
-        around = Surroundings(
+        self._say = say
+        self._changed = changed
+        self._placed = {placement.entry.model: placement for placement in placements}
+        self._around = Surroundings(
             make_child=self._make_child,
             may_load=self._may_load,
+            loan=self._loan,
             has_room=self._has_room,
             in_hand=self._in_hand,
             say=say,
             give_work_s=settings.api.request_timeout_s,
         )
-        self.models = [
-            ServedModel(
-                placement,
-                records[placement.entry.model],
-                around,
-                Standby(settings.run_dir, placement.entry.model),
-            )
-            for placement in placements
-        ]
-        self._lookout = Lookout(settings, [m.name for m in self.models if m.on_demand])
-        for model in self.models:
-            # An earlier run may have been killed while the model was unloaded.
-            if model.on_demand:
-                model.standby.begin()
-            else:
-                model.standby.end()
+        self.models: list[ServedModel] = []
+        self._lookout = Lookout(settings, records)
+        self._records: Mapping[str, ModelRecord] | None = None
+        self._renew()
+        self._renew_loans()
 
     # --- what the node sees ---
 
@@ -103,6 +101,10 @@ class Fleet:
         """Models that a request brings, or that are being replaced."""
         return [model.name for model in self.models if model.obtainable]
 
+    def lent(self) -> dict[str, str]:
+        """Models that had to leave for fine-tunes, each with the reason."""
+        return {model.name: model.lent for model in self.models if model.lent}
+
     # --- its life ---
 
     def tick(self) -> None:
@@ -111,10 +113,13 @@ class Fleet:
         now_s = time.monotonic()
         if now_s >= self._plan_at_s:
             self._plan_at_s = now_s + PLAN_EVERY_S
-            self._renew_records()
+            self._renew()
+            self._renew_loans()
             self._plan(now_s)
         for model in self.models:
             model.tick()
+        self._drop()
+        self._lending.tell(self._gpus(), self._used_gpus())
 
     def tick_children(self) -> None:
         """While the node stops: start again what dies, but load and replace nothing."""
@@ -134,12 +139,14 @@ class Fleet:
     # --- what models ask for ---
 
     def _make_child(self, entry: ServeSettings, seat: Seat, record: ModelRecord) -> Child:
-        program = self._make_program(entry, seat, record, lambda: self._may_load(seat))
+        # A model that was linked anew may have another engine than its entry had.
+        entry = entry.model_copy(update={"engine": record.engine})
+        program = self._make_program(entry, seat, record, lambda: self._may_load(entry, seat))
         return Child(program, self._tell)
 
-    def _may_load(self, seat: Seat) -> bool:
+    def _may_load(self, entry: ServeSettings, seat: Seat) -> bool:
         """Free memory is measured while loading, so only one engine at a time loads on a GPU."""
-        return not any(
+        return self._loan(entry, seat) is None and not any(
             replica.loading and not set(replica.seat.gpus).isdisjoint(seat.gpus)
             for model in self.models
             for replica in model.replicas
@@ -157,14 +164,82 @@ class Fleet:
     def _in_hand(self, model: str) -> bool:
         return in_use(engines_lock(self._settings.run_dir, model))
 
+    # --- GPUs lent to training ---
+
+    def _renew_loans(self) -> None:
+        before = self._lending.loans.keys()
+        self._lending.look(self._gpus())
+        if before != self._lending.loans.keys():
+            self._changed()
+
+    def _loan(self, entry: ServeSettings, seat: Seat) -> Loan | None:
+        """The first loan of a GPU that the replica would use."""
+        gpus = self._gpus() if takes_any_gpu(entry) else seat.gpus
+        loans = self._lending.loans
+        return next((loans[gpu] for gpu in gpus if gpu in loans), None)
+
+    def _gpus(self) -> tuple[str, ...]:
+        """Every GPU that is named for fine-tunes or engines."""
+        engines = (gpu for model in self.models for gpu in gpus_of(model.placement.entry))
+        return tuple(dict.fromkeys((*self._settings.finetune.gpus, *engines)))
+
+    def _used_gpus(self) -> set[str]:
+        """Every GPU on which a process of an engine is left."""
+        used: set[str] = set()
+        for model in self.models:
+            everywhere = takes_any_gpu(model.placement.entry)
+            for replica in model.replicas:
+                if not replica.gone:
+                    used.update(self._gpus() if everywhere else replica.seat.gpus)
+        return used
+
     # --- residency ---
 
-    def _renew_records(self) -> None:
+    def _renew(self) -> None:
+        """Serve what the registry says now."""
         records = self._lookout.records
+        if records == self._records:
+            return
+        self._records = records
+        served = serve_now(self._settings.node.serve, records)
         for model in self.models:
-            # One that was removed goes on as it is: requests for it are refused elsewhere.
-            if model.name in records:
-                model.renew(records[model.name])
+            if model.name in served and not model.dismissed:
+                one = served[model.name]
+                model.placement = replace(model.placement, entry=one.entry)
+                model.renew(one.build)
+            elif not model.dismissed:
+                model.dismiss("it is not served here any more")
+        present = {model.name for model in self.models}
+        self.models = [
+            *self.models,
+            *(self._newcomer(one) for name, one in served.items() if name not in present),
+        ]
+        self._lookout.watch(model.name for model in self.models if model.on_demand)
+        self._changed()
+
+    def _newcomer(self, one: Served) -> ServedModel:
+        placement = self._placed.get(one.name) or place_like(one.entry, self._placed.get(one.root))
+        return ServedModel(
+            replace(placement, entry=one.entry),
+            one.build,
+            self._around,
+            Standby(self._settings.run_dir, one.name),
+            eager=one.eager,
+            tuned=one.tuned,
+        )
+
+    def _drop(self) -> None:
+        """Forget models that have left for good; one that was linked again begins anew."""
+        left = [model for model in self.models if model.dropped]
+        if not left:
+            return
+        for model in left:
+            # A chunk that was claimed too late is given up at once, not when no engine has come.
+            model.stand_by()
+            self._say(f"  {model.name} is not served any more")
+        self.models = [model for model in self.models if not model.dropped]
+        self._records = None
+        self._changed()
 
     def _plan(self, now_s: float) -> None:
         standings = [self._standing(model, now_s) for model in self.models]
@@ -195,6 +270,8 @@ class Fleet:
             wanted_since_s=model.wanted_since_s,
             may_load=model.may_load,
             may_leave=not model.changing,
+            eager=model.eager,
+            tuned=model.tuned,
         )
 
     def _works(self, model: ServedModel) -> bool:
@@ -213,6 +290,7 @@ class Fleet:
 
     def _end_silent(self) -> None:
         limit_s = self._settings.node.engine_silence_s
+        self._end_unloadable()
         self._pulse.watch(target for model in self.models for target in self._targets(model))
         for model in self.models:
             for replica in model.replicas:
@@ -220,6 +298,12 @@ class Fleet:
                 if target is not None and self._pulse.silent_s(target) > limit_s:
                     assert replica.child is not None
                     replica.child.condemn(f"hung: it said nothing for {limit_s:g} s")
+
+    def _end_unloadable(self) -> None:
+        limit_s = self._settings.node.load_limit_s
+        for child in self.children:
+            if child.state is State.STARTING and time.monotonic() - child.started_at > limit_s:
+                child.condemn(f"hung: it was not loaded after {limit_s:g} s")
 
     def _targets(self, model: ServedModel) -> list[Target]:
         found = (self._target(model, replica) for replica in model.replicas)

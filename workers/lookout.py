@@ -6,7 +6,7 @@ A thread, because Redis and shared storage may hang and the watching of engines 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 from shared.connection import connect
 from shared.errors import VlmqError
@@ -27,12 +27,12 @@ _RECORDS_EVERY = 2
 class Lookout:
     """The latest answers; what cannot be asked now keeps its last one."""
 
-    def __init__(self, settings: Settings, on_demand: Sequence[str]) -> None:
+    def __init__(self, settings: Settings, records: Mapping[str, ModelRecord]) -> None:
         self.wanted: frozenset[str] = frozenset()
         """On-demand models with units that could be claimed now."""
-        self.records: dict[str, ModelRecord] = {}
-        """Linked models by name; empty until they were read once."""
-        self._on_demand = tuple(on_demand)
+        self.records = records
+        """Linked models by name."""
+        self._on_demand: tuple[str, ...] = ()
         self._redis = connect(settings, max_connections=2)
         self._leases = Leases(self._redis, Scripts(self._redis), ttl_s=settings.queue.lease_ttl_s)
         self._registry = ModelRegistry(Layout(settings.data_dir))
@@ -40,6 +40,10 @@ class Lookout:
         self._complained: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="lookout", daemon=True)
         self._thread.start()
+
+    def watch(self, on_demand: Iterable[str]) -> None:
+        """Look at the batches of these models from now on."""
+        self._on_demand = tuple(on_demand)
 
     def close(self) -> None:
         """Stop looking; does not wait for a storage that hangs."""
@@ -58,7 +62,7 @@ class Lookout:
 
     def _read_records(self) -> None:
         try:
-            self.records = {record.name: record for record in self._registry.list()}
+            self.records = self._registry.by_name()
             self._complained.discard("records")
         except VlmqError as error:
             self._complain("records", error)

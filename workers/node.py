@@ -30,10 +30,18 @@ from shared.ids import new_id
 from shared.keys import KeyStore
 from shared.log import configure, get_logger
 from shared.models import ModelRecord, ModelRegistry
-from shared.presence import NodeReport, Presence
-from shared.settings import ServeSettings, Settings, load_settings, snapshot, with_overrides
+from shared.presence import FinetuneReport, NodeReport, Presence
+from shared.settings import (
+    NodeSettings,
+    ServeSettings,
+    Settings,
+    load_settings,
+    snapshot,
+    with_overrides,
+)
 from shared.storage import Layout, write_json
 from workers import redis_server
+from workers.finetune_report import running_jobs
 from workers.fleet import Fleet
 from workers.gpus import GpuWatch
 from workers.inference.engines.wire import socket_path
@@ -44,6 +52,9 @@ from workers.placement import Placement, Seat, gpus_of, place
 from workers.processes import Child, Program, State, python_program
 from workers.serving import choose_models, engine_spec
 from workers.strays import MARK, end_strays
+from workers.training.gpulocks import GpuLocks
+from workers.training.libraries import missing_libraries
+from workers.training.process import SUPERVISOR_GRACE_S
 
 log = get_logger(__name__)
 
@@ -51,6 +62,11 @@ TICK_S = 0.05
 ANNOUNCE_S = 2.0
 TRIM_LOGS_S = 60.0
 REDIS_START_LIMIT_S = 120.0
+_ALL_ROLES = frozenset(NodeSettings.model_fields["roles"].default)
+_USUAL_ROLES = (_ALL_ROLES, _ALL_ROLES - {"redis"}, _ALL_ROLES - {"redis", "api"})
+"""What ``vlmq up`` and ``vlmq worker`` run if nobody says otherwise: whatever is possible here."""
+RETRY_FAILED_S = 600.0
+"""How soon an engine that cannot load its model is tried again: its disk may have come back."""
 GRACE_S = 5.0
 """How much longer than its own drain limit a program may take before it is killed."""
 
@@ -138,18 +154,16 @@ class Node:
         settings, story = self.settings, self._story
         story.say(f"vlmq node '{settings.node.name}', data in {settings.data_dir}")
         _require_redis(settings)
+        self._drop_impossible_roles()
         registry = ModelRegistry(Layout(settings.data_dir))
         serve = choose_models(settings, registry, story.say) if self._serves() else ()
-        records = {entry.model: registry.get(entry.model) for entry in serve}
+        records = registry.by_name()
         placements = place_models(serve, records) if "engines" in self._roles else []
         self.settings = settings = with_overrides(
             settings,
             api={"port": self._free_port()},
-            node={
-                "serve": [entry.model_dump(mode="json") for entry in serve],
-                # Lets the reaper tell this run's dead workers from those of a later one.
-                "run_id": new_id("run_"),
-            },
+            # Lets the reaper tell this run's dead workers from those of a later one.
+            node={"run_id": new_id("run_")},
         )
         config = settings.run_dir / "settings.json"
         write_json(config, snapshot(settings))
@@ -166,13 +180,33 @@ class Node:
                 make_program=programs.engine,
                 tell=self._child_changed,
                 say=story.say,
+                changed=self._announce_soon,
             )
             self._fleet.tick()
             self._gpus.start()
-        for role in ("reaper", "batch", "chat", "api"):
+        for role in ("reaper", "batch", "chat", "finetune", "api"):
             if role in self._roles:
                 self._start(role, programs.of_role(role))
         self._announcer = Announcer(settings, self.report)
+
+    def _drop_impossible_roles(self) -> None:
+        """Fine-tunes need libraries that not every installation has.
+
+        Raises: ConfigurationError if they are what this node is for.
+        """
+        if "finetune" not in self._roles:
+            return
+        missing = missing_libraries(self.settings.finetune.python)
+        if not missing:
+            return
+        words = (
+            f"the training libraries are missing ({', '.join(missing)}); install vlmq[training], or "
+            "set finetune.python to an interpreter that has it"
+        )
+        if self._roles not in _USUAL_ROLES:
+            raise ConfigurationError(f"the role 'finetune' is not possible here: {words}")
+        self._roles.remove("finetune")
+        self._story.say(f"  no fine-tunes run on this machine: {words}")
 
     def _serves(self) -> bool:
         return not self._roles.isdisjoint({"engines", "chat", "batch"})
@@ -244,7 +278,20 @@ class Node:
             replicas=fleet.reports() if fleet is not None else [],
             programs=programs,
             obtainable=fleet.obtainable() if fleet is not None else [],
+            lent=fleet.lent() if fleet is not None else {},
             gpus=self._gpus.latest(),
+            finetune=self._finetune_report(),
+        )
+
+    def _finetune_report(self) -> FinetuneReport | None:
+        if "finetune" not in self._roles:
+            return None
+        gpus = self.settings.finetune.gpus
+        locks = GpuLocks(self.settings.run_dir, gpus, served=tuple)
+        return FinetuneReport(
+            gpus_total=len(gpus),
+            gpus_free=len(gpus) - len(locks.holders()),
+            running=running_jobs(self.settings.run_dir),
         )
 
     def _watch(self) -> None:
@@ -278,6 +325,9 @@ class Node:
 
     def _child_changed(self, child: Child) -> None:
         self._story.child_changed(child)
+        self._announce_soon()
+
+    def _announce_soon(self) -> None:
         if self._announcer is not None:
             self._announcer.soon()
 
@@ -306,6 +356,10 @@ class Node:
         if not self._children and self._fleet is None:
             return
         self._story.say("stopping: what is in hand is finished first (Ctrl-C again: at once)")
+        # Trainings save a checkpoint, which may take long, while everything else stops.
+        trainers = self._children.get("finetune", [])
+        for child in trainers:
+            child.stop()
         # The API finishes the answers it streams, for which it needs the chat consumer, which
         # needs the engines; batches stop claiming work meanwhile. Redis outlives them all.
         for stage in (("api", "batch"), ("chat",)):
@@ -314,6 +368,7 @@ class Node:
             self._fleet.stop(self.settings.queue.drain_s + GRACE_S)
             self._stop_stage(self._engines())
             self._fleet.close()
+        self._stop_stage(trainers)
         self._stop_stage(self._children.get("reaper", []))
         if self._announcer is not None:
             self._announcer.close()
@@ -357,13 +412,16 @@ class Programs:
         self._config = config
 
     def of_role(self, role: str) -> Program:
-        """The program of the role ``reaper``, ``batch``, ``chat`` or ``api``."""
+        """The program of the role ``reaper``, ``batch``, ``chat``, ``finetune`` or ``api``."""
         drain_s = self._settings.queue.drain_s
+        stop_s = self._settings.finetune.stop_s + SUPERVISOR_GRACE_S
         match role:
             case "reaper":
                 return self._program(role, "workers.reaper", drain_s=GRACE_S)
             case "batch" | "chat":
                 return self._program(role, "workers.consumer", role, drain_s=drain_s + GRACE_S)
+            case "finetune":
+                return self._program(role, "workers.consumer", role, drain_s=stop_s + GRACE_S)
             case "api":
                 return self._program(role, "api.server", drain_s=drain_s + GRACE_S)
         raise ConfigurationError(f"there is no role '{role}'")
@@ -401,6 +459,7 @@ class Programs:
             prepare=lambda: path.unlink(missing_ok=True),
             may_start=may_start,
             environment={MARK: str(settings.run_dir), **pinned},
+            retry_failed_s=RETRY_FAILED_S,
             restart_s=settings.node.engine_restart_s,
             drain_s=drain_s + GRACE_S,
         )

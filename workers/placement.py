@@ -100,7 +100,14 @@ def count_replicas(entry: ServeSettings, weights: int | None, machine: Machine, 
     return max(1, per_slot) * max(1, len(entry.gpus))
 
 
-def count_batch_processes(node: NodeSettings, cores: int) -> int:
+def place_like(entry: ServeSettings, root: Placement | None) -> Placement:
+    """Seats for a model that came while the node runs: as many as ``root`` has, else as it says."""
+    if root is not None:
+        return Placement(entry, seats(entry, len(root.seats)))
+    return Placement(entry, seats(entry, 1 if entry.replicas == "auto" else entry.replicas))
+
+
+def count_batch_processes(node: NodeSettings, serve: Iterable[ServeSettings], cores: int) -> int:
     """How many processes work on batches: as configured, or for ``auto`` by what they have to feed.
 
     A GPU is faster than many cores are at decoding photos, so beside one all of them decode, at a
@@ -109,7 +116,7 @@ def count_batch_processes(node: NodeSettings, cores: int) -> int:
     """
     if node.batch_processes != "auto":
         return node.batch_processes
-    if not any(entry.gpus or entry.engine == "lmdeploy" for entry in node.serve):
+    if not any(entry.gpus or entry.engine == "lmdeploy" for entry in serve):
         return MIN_BATCH_PROCESSES
     return max(MIN_BATCH_PROCESSES, min(MAX_BATCH_PROCESSES, cores))
 
@@ -143,6 +150,12 @@ def split_gpus(value: str) -> tuple[str, ...]:
 def gpus_of(entry: ServeSettings) -> tuple[str, ...]:
     """Every GPU that an entry uses, once."""
     return tuple(dict.fromkeys(gpu for value in entry.gpus for gpu in split_gpus(value)))
+
+
+def takes_any_gpu(entry: ServeSettings) -> bool:
+    """Whether its engines use GPUs that it does not name: those that the node sees."""
+    device = str(entry.options.get("device", ""))
+    return not entry.gpus and (entry.engine == "lmdeploy" or device.startswith("cuda"))
 
 
 def _wants_many(entry: ServeSettings) -> bool:

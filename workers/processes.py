@@ -67,6 +67,8 @@ class Program:
     """Asked before the program is started again by itself; until it says so, the start waits."""
     environment: Mapping[str, str] = field(default_factory=dict)
     pass_fds: tuple[int, ...] = ()
+    retry_failed_s: float | None = None
+    """How soon a program that FAILED for good is tried again all the same; None: never."""
     restart_s: float = 1.0
     """The first back-off; doubled with every crash up to LONGEST_BACKOFF_S."""
     drain_s: float = 10.0
@@ -216,7 +218,8 @@ class Child:
         self._permanent_failures += 1
         self.detail = self.last_lines[-1] if self.last_lines else "it gave no reason"
         retry = self._permanent_failures <= PERMANENT_RETRIES
-        self.next_start_at = now + PERMANENT_RETRY_S if retry else None
+        delay_s = PERMANENT_RETRY_S if retry else self.program.retry_failed_s
+        self.next_start_at = None if delay_s is None else now + delay_s
         self._change(State.FAILED)
 
     def _back_off(self, now: float, reason: str) -> None:

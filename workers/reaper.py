@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from shared import log as logs
@@ -27,8 +28,8 @@ from shared.ids import new_id
 from shared.leases import CONTROL_LANE, model_of
 from shared.log import get_logger
 from shared.process import die_with_parent
-from shared.queue import CONTROL_QUEUE, batch_queue
-from shared.rebuild import missing_batches
+from shared.queue import CONTROL_QUEUE, FINETUNE_QUEUE, batch_queue
+from shared.rebuild import missing_batches, missing_finetunes
 from shared.retention import clear_leftovers, sweep
 from shared.settings import Settings, load_settings
 from shared.stores import Stores
@@ -70,7 +71,7 @@ class Reaper:
             return
         self._watch_server()
         if not self._stores.redis.exists(_PATIENCE):
-            self._note(self._stores.leases.reap())
+            self._reap()
         self._expire_batches()
         self._top_up_tickets()
         if time.monotonic() - self._swept_at > _SWEEP_EVERY_S:
@@ -95,7 +96,7 @@ class Reaper:
             elif start_ticks(int(pid)) != int(started):
                 dead.append(worker)
         if dead:
-            self._note(self._stores.leases.reap(dead))
+            self._reap(dead)
         self._stores.leases.unregister(dead + forgotten)
 
     def _leads(self) -> bool:
@@ -120,6 +121,9 @@ class Reaper:
             missing = missing_batches(self._stores.redis, self._stores.layout)
             if missing:
                 log.error("redis_lacks_batches", missing=missing, advice="vlmq doctor --rebuild")
+            missing = missing_finetunes(self._stores.redis, self._stores.layout)
+            if missing:
+                log.error("redis_lacks_finetunes", missing=missing, advice="vlmq doctor --rebuild")
 
     def _expire_batches(self) -> None:
         for batch_id in self._stores.batches.overdue():
@@ -134,6 +138,9 @@ class Reaper:
 
     def _top_up_tickets(self) -> None:
         window = self._settings.queue.ticket_window
+        missing = self._stores.finetunes.demand(limit=window)
+        for _ in range(missing - self._stores.tickets.waiting(FINETUNE_QUEUE)):
+            self._stores.tickets.finetune()
         for lane in self._stores.leases.lanes():
             demand = self._stores.leases.demand(lane, limit=window)
             if lane == CONTROL_LANE:
@@ -145,7 +152,11 @@ class Reaper:
             missing = demand - self._stores.tickets.waiting(batch_queue(model))
             self._stores.tickets.batch(model, max(0, missing))
 
-    def _note(self, taken: list[str]) -> None:
+    def _reap(self, dead_workers: Sequence[str] = ()) -> None:
+        taken = [
+            *self._stores.leases.reap(dead_workers),
+            *self._stores.finetunes.reap(dead_workers),
+        ]
         if taken:
             log.warning("leases_reaped", units=taken)
 

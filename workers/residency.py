@@ -3,13 +3,14 @@
 Knows nothing of processes, Redis or GPUs' real memory: models have shares of named GPUs, a share of
 a model that is not fully gone is still taken, and time is a number. The rules, in this order:
 
-1. Models that are always loaded are loaded and never stopped. If everything configured fits, all
-   of it is.
+1. Models that are always loaded are loaded and never stopped.
 2. A wanted model is loaded where there is room; the one wanted longest comes first.
 3. If there is none, idle models make room, the least recently used first.
 4. A model wanted for longer than ``max_wait_s`` keeps younger wishes off its GPUs and has busy
    models stopped, those loaded longest first, but none before it was loaded for
    ``min_resident_s``. So two busy models alternate.
+5. What room is then left is for eager models, which are always loaded but for having to make room;
+   and if everything configured fits, for all of that. Tuned models are loaded only when wanted.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Standing:
 
     ``since_s`` is when it was loaded, ``used_at_s`` when it last had or was wanted for work.
     ``may_load`` is false while it is not worth trying, ``may_leave`` while it is being changed.
+    ``eager`` and ``tuned`` are of rule 5.
     """
 
     model: str
@@ -48,6 +50,8 @@ class Standing:
     wanted_since_s: float | None = None
     may_load: bool = True
     may_leave: bool = True
+    eager: bool = False
+    tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,18 +89,24 @@ def plan(
     found = list(standings)
     room = _Room(found, taken or {})
     plan = Plan()
-    everything = all_fit(found)
-    for standing in found:
-        due = everything or not standing.on_demand
-        if due and _can_load(standing) and room.fits(standing):
-            room.take(standing)
-            plan.load.append(standing.model)
+    _fill((standing for standing in found if not standing.on_demand), room, plan)
     for standing in sorted(found, key=_wanted_since):
         if standing.wanted_since_s is None or standing.model in plan.load:
             continue
         if _can_load(standing) and standing.on_demand:
             _make_room(standing, found, room, plan, now_s, limits)
+    configured = [standing for standing in found if not standing.tuned]
+    _fill(configured if all_fit(configured) else (s for s in found if s.eager), room, plan)
     return plan
+
+
+def _fill(standings: Iterable[Standing], room: _Room, plan: Plan) -> None:
+    """Load those for which there is room, wanted or not."""
+    for standing in standings:
+        due = _can_load(standing) and standing.model not in plan.load
+        if due and room.fits(standing):
+            room.take(standing)
+            plan.load.append(standing.model)
 
 
 def _make_room(

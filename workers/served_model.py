@@ -15,6 +15,7 @@ from shared.models import ModelRecord
 from shared.presence import ReplicaReport, ReplicaState
 from shared.settings import ServeSettings
 from workers.inference.engines.standby import Standby
+from workers.lending import Loan
 from workers.placement import Placement, Seat
 from workers.processes import Child, State
 from workers.residency import Residence
@@ -23,6 +24,8 @@ CRASHES_TO_REFUSE = 2
 """Restarts without ever getting ready after which a load has failed."""
 FIRST_RETRY_S = 30.0
 LONGEST_RETRY_S = 600.0
+LAST_GRACE_S = 5.0
+"""What an engine on a lent GPU gets to stop in when its time to finish is over."""
 
 _REPORTED: dict[State, ReplicaState] = {
     State.STARTING: "starting",
@@ -57,6 +60,8 @@ class Replica:
     record: ModelRecord
     child: Child | None = None
     was_ready: bool = False
+    leaving: bool = False
+    """Its GPU was lent."""
 
     @property
     def ready(self) -> bool:
@@ -93,7 +98,8 @@ class Surroundings:
     """What a model asks the fleet for. ``give_work_s`` bounds how long chunks in hand are awaited."""
 
     make_child: Callable[[ServeSettings, Seat, ModelRecord], Child]
-    may_load: Callable[[Seat], bool]
+    may_load: Callable[[ServeSettings, Seat], bool]
+    loan: Callable[[ServeSettings, Seat], Loan | None]
     has_room: Callable[[Seat], bool]
     in_hand: Callable[[str], bool]
     say: Callable[[str], object]
@@ -124,6 +130,12 @@ class ServedModel:
     loaded_at_s: float = 0.0
     used_at_s: float = 0.0
     wanted_since_s: float | None = None
+    eager: bool = False
+    """Loaded without being asked for, where there is room."""
+    tuned: bool = False
+    """Served because its base is."""
+    dismissed: bool = False
+    """Not to be served any more."""
     trouble: str = ""
     """Why the model, or its newest revision, is not loaded."""
     _good: ModelRecord | None = None
@@ -135,8 +147,19 @@ class ServedModel:
     _change: _Change | None = None
     _why: str = ""
     _retire_by_s: float = 0.0
+    _away: list[Seat] = field(default_factory=list)
+    """Seats whose GPU is lent, while others work."""
+    _standing_by: str | None = None
+    """What the standby file says; None without one."""
     _retry_at_s: float = 0.0
     _retry_s: float = FIRST_RETRY_S
+
+    def __post_init__(self) -> None:
+        # An earlier run may have been killed while the model was unloaded.
+        if self.on_demand:
+            self.stand_by()
+        else:
+            self._stand_up()
 
     @property
     def name(self) -> str:
@@ -153,6 +176,8 @@ class ServedModel:
         """How the planner sees it: a model that is being replaced keeps its place."""
         if self.stage is Stage.UNLOADED:
             return Residence.UNLOADED
+        if self.dismissed:
+            return Residence.LEAVING
         if self.stage is Stage.LOADED:
             return Residence.LOADED
         if self.stage is Stage.LOADING or self._next is not None:
@@ -160,8 +185,16 @@ class ServedModel:
         return Residence.LEAVING
 
     @property
+    def lent(self) -> str:
+        """Why none of its engines may work, if that is because GPUs are lent; else empty."""
+        loans = [self._loan(seat) for seat in self.placement.seats]
+        return loans[0].reason if loans[0] is not None and all(loans) else ""
+
+    @property
     def may_load(self) -> bool:
         """Whether loading is worth a try."""
+        if self.dismissed or self.lent:
+            return False
         return time.monotonic() >= self._retry_at_s
 
     @property
@@ -172,12 +205,16 @@ class ServedModel:
     @property
     def obtainable(self) -> bool:
         """Whether a request that comes now may expect an engine soon, if none is ready."""
+        if self.dismissed or self.lent:
+            return False
         if self.changing:
             return True
+        # What is always loaded stands by when it comes back, its GPU having been lent.
+        comes = self.on_demand or self._standing_by is not None
         if self.stage is Stage.UNLOADED:
             # What failed once is tried again when its time has come, and only requests ask for it.
-            return self.on_demand and (not self.trouble or self.may_load)
-        return self.on_demand and self.stage is not Stage.LOADED
+            return comes and (not self.trouble or self.may_load)
+        return comes and self.stage is not Stage.LOADED
 
     @property
     def settled(self) -> bool:
@@ -199,20 +236,33 @@ class ServedModel:
     def load(self) -> None:
         """Begin to load."""
         if self.on_demand:
-            self.standby.begin()
-        record = self.latest
-        if record == self._refused and self._good is not None:
-            record = self._good
-        self._begin(record)
+            self.stand_by()
+        self._begin(self._best())
 
     def retire(self, why: str) -> None:
         """Begin to leave, work in hand first."""
         self._why = why
         self.around.say(f"  {self.name} is being unloaded: {why}")
         self._abandon_change()
-        self.standby.begin()
+        self.stand_by(self.lent)
         self._retire_by_s = time.monotonic() + self.around.give_work_s
         self.stage = Stage.RETIRING
+
+    def dismiss(self, why: str) -> None:
+        """Begin to leave for good, work in hand first; ``dropped`` says when that is done."""
+        self.dismissed = True
+        if self.stage is Stage.LOADED:
+            self.retire(why)
+            return
+        self._abandon_change()
+        if self.stage is Stage.LOADING:
+            self._why = why
+            self._stop_replicas()
+
+    @property
+    def dropped(self) -> bool:
+        """Whether nothing is left of a model that was dismissed."""
+        return self.dismissed and self.stage is Stage.UNLOADED
 
     def renew(self, record: ModelRecord) -> None:
         """The registry's record is this now."""
@@ -225,6 +275,7 @@ class ServedModel:
         """Move on."""
         for replica in list(self.replicas):
             self._move(replica)
+        self._follow_loans()
         match self.stage:
             case Stage.LOADING:
                 self._watch_loading()
@@ -252,24 +303,40 @@ class ServedModel:
         if not replicas:
             state: ReplicaState = "failed" if self.trouble else "unloaded"
             detail = self.trouble or "loaded when somebody asks for it"
+            if self.lent:
+                state, detail = "lent", self.lent
             return [
                 ReplicaReport(self.name, seat.number, state, detail=detail)
                 for seat in self.placement.seats
             ]
-        return [self._report(replica) for replica in replicas]
+        away = [
+            ReplicaReport(self.name, seat.number, "lent", detail=loan.reason)
+            for seat in self._away
+            if (loan := self._loan(seat)) is not None
+        ]
+        return [*(self._report(replica) for replica in replicas), *away]
 
     # --- loading ---
 
     def _begin(self, record: ModelRecord) -> None:
         self._trying = record
-        self.replicas = [Replica(seat, record) for seat in self.placement.seats]
+        self._away = [seat for seat in self.placement.seats if self._loan(seat) is not None]
+        here = (seat for seat in self.placement.seats if seat not in self._away)
+        self.replicas = [Replica(seat, record) for seat in here]
         self.stage = Stage.LOADING
+
+    def _best(self) -> ModelRecord:
+        """The revision to load now."""
+        refused = self.latest == self._refused and self._good is not None
+        return self._good if refused and self._good is not None else self.latest
 
     def _move(self, replica: Replica) -> None:
         if replica.child is not None:
             replica.child.tick()
             replica.was_ready = replica.was_ready or replica.ready
-        elif self.stage in {Stage.LOADING, Stage.LOADED} and self.around.may_load(replica.seat):
+        elif self.stage in {Stage.LOADING, Stage.LOADED} and self.around.may_load(
+            self.placement.entry, replica.seat
+        ):
             replica.child = self.around.make_child(
                 self.placement.entry, replica.seat, replica.record
             )
@@ -306,7 +373,7 @@ class ServedModel:
         self._retry_s = FIRST_RETRY_S
         if self._refused is None:
             self.trouble = ""
-        self.standby.end()
+        self._stand_up()
         self.stage = Stage.LOADED
 
     # --- leaving ---
@@ -318,12 +385,93 @@ class ServedModel:
         self.stage = Stage.UNLOADING
 
     def _unloaded(self) -> None:
-        self.replicas = []
-        if self._next is not None:
+        self.replicas, self._away = [], []
+        if self._next is not None and not self.lent:
             record, self._next = self._next, None
             self._begin(record)
         else:
+            self._next = None
             self.stage = Stage.UNLOADED
+
+    def stand_by(self, lent: str = "") -> None:
+        """Have consumers of this machine know that the engines are away."""
+        self.standby.begin(lent)
+        self._standing_by = lent
+
+    def _stand_up(self) -> None:
+        self.standby.end()
+        self._standing_by = None
+
+    # --- GPUs lent to training ---
+
+    def _loan(self, seat: Seat) -> Loan | None:
+        return self.around.loan(self.placement.entry, seat)
+
+    def _follow_loans(self) -> None:
+        """Leave the GPUs that are lent, and come back to those that are given back."""
+        lent = self.lent
+        if self.stage in {Stage.LOADING, Stage.LOADED}:
+            if lent:
+                self._leave(lent)
+            else:
+                self._give_seats()
+                self._take_seats()
+        self._hurry()
+        stands_by = self._standing_by is not None or self.stage is Stage.UNLOADED
+        if stands_by and (self._standing_by or "") != lent:
+            self.stand_by(lent)
+
+    def _leave(self, lent: str) -> None:
+        """No GPU is left: batches wait from now on."""
+        if self.stage is Stage.LOADED:
+            self.retire(lent)
+            return
+        self._why = lent
+        self._abandon_change()
+        self.stand_by(lent)
+        self._stop_replicas()
+
+    def _give_seats(self) -> None:
+        """Other replicas go on with the work of those that leave."""
+        for replica in list(self.replicas):
+            loan = self._loan(replica.seat)
+            if loan is not None and not replica.leaving:
+                self._give(replica, loan)
+            # Also if its GPU was given back while it stopped: then it takes its seat again at once.
+            if replica.leaving and replica.gone:
+                self._drop(replica)
+                # A successor on its way has no seat of its own.
+                taken = len(self.replicas) + len(self._away) - len(self.extra)
+                if taken < len(self.placement.seats):
+                    self._away.append(replica.seat)
+
+    def _give(self, replica: Replica, loan: Loan) -> None:
+        if self._change is not None and replica in {self._change.old, self._change.fresh}:
+            self._change = None
+        replica.leaving = True
+        self._why = loan.reason
+        if not replica.gone:
+            self.around.say(f"  {self.name}/{replica.seat.number} leaves: {loan.reason}")
+            self._part_with(replica)
+
+    def _take_seats(self) -> None:
+        if self._change is not None:
+            return
+        back = [seat for seat in self._away if self._loan(seat) is None]
+        if back:
+            self._away = [seat for seat in self._away if seat not in back]
+            self.replicas = [*self.replicas, *(Replica(seat, self._best()) for seat in back)]
+
+    def _hurry(self) -> None:
+        """Whatever an engine stops for, a lent GPU is not waited for longer than its borrower."""
+        for replica in self.replicas:
+            loan = self._loan(replica.seat)
+            if loan is None:
+                continue
+            if self.stage is Stage.RETIRING:
+                self._retire_by_s = min(self._retire_by_s, loan.until_s)
+            elif replica.child is not None and replica.child.state is State.STOPPING:
+                replica.child.stop(max(LAST_GRACE_S, loan.until_s - time.monotonic()))
 
     # --- a new revision ---
 
@@ -333,7 +481,10 @@ class ServedModel:
             return
         if self.latest == self._refused:
             return
-        outdated = [replica for replica in self.replicas if replica.record != self.latest]
+        staying = [replica for replica in self.replicas if not replica.leaving]
+        outdated = [replica for replica in staying if replica.record != self.latest]
+        if not staying:
+            return
         if not outdated:
             self._good, self.trouble, self._refused = self.latest, "", None
             return
@@ -341,7 +492,7 @@ class ServedModel:
         old = min(outdated, key=lambda replica: replica.ready)
         if old.loading:
             return
-        others_ready = any(replica.ready for replica in self.replicas if replica is not old)
+        others_ready = any(replica.ready for replica in staying if replica is not old)
         successor = Seat(self._free_number(), old.seat.gpus, old.seat.share)
         if old.ready and not others_ready and not self.around.has_room(successor):
             self._swap()
@@ -380,7 +531,7 @@ class ServedModel:
         """One replica and no room for two: requests wait until the new one is there."""
         self._next = self.latest
         self._why = f"it is replaced by revision {self.latest.revision}"
-        self.standby.begin()
+        self.stand_by()
         self._retire_by_s = time.monotonic() + self.around.give_work_s
         self.stage = Stage.RETIRING
 
@@ -405,7 +556,7 @@ class ServedModel:
         self.replicas = [replica for replica in self.replicas if replica is not gone]
 
     def _free_number(self) -> int:
-        used = {replica.seat.number for replica in self.replicas}
+        used = {seat.number for seat in (*(r.seat for r in self.replicas), *self._away)}
         return next(number for number in range(len(used) + 1) if number not in used)
 
     def _report(self, replica: Replica) -> ReplicaReport:

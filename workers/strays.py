@@ -12,27 +12,28 @@ MARK = "VLMQ_RUN_DIR"
 """Every program that a node starts has its run_dir in this environment variable."""
 
 
-def find_strays(run_dir: Path) -> list[int]:
-    """The ids of this user's marked processes, this one and its ancestors left out.
+def find_strays(value: object, mark: str = MARK) -> list[int]:
+    """The ids of this user's processes with ``mark=value`` in their environment.
 
-    Only Linux can tell; elsewhere there are none to be seen.
+    This one and its ancestors are left out. Only Linux can tell; elsewhere there are none to be
+    seen.
     """
     if not sys.platform.startswith("linux"):
         return []
-    mark = f"{MARK}={run_dir}".encode()
+    entry_of_mark = f"{mark}={value}".encode()
     spared = _ancestors()
     return [
         int(entry.name)
         for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and int(entry.name) not in spared and _carries(entry, mark)
+        if entry.name.isdigit() and int(entry.name) not in spared and _carries(entry, entry_of_mark)
     ]
 
 
-def end_strays(run_dir: Path, *, wait_s: float = 5) -> list[int]:
+def end_strays(value: object, mark: str = MARK, *, wait_s: float = 5) -> list[int]:
     """Kill them all and wait until they are gone; returns those that were found."""
     found: list[int] = []
     deadline = time.monotonic() + wait_s
-    while strays := find_strays(run_dir):
+    while strays := find_strays(value, mark):
         for pid in strays:
             _kill(pid)
         found.extend(pid for pid in strays if pid not in found)

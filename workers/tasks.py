@@ -1,4 +1,4 @@
-"""The two Celery tasks. Thin: a task hands its ticket to the worker and never fails."""
+"""The three Celery tasks. Thin: a task hands its ticket to the worker and never fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from celery import Celery
 
-from shared.queue import BATCH_TASK, CHAT_TASK
+from shared.queue import BATCH_TASK, CHAT_TASK, FINETUNE_TASK
 
 
 def register_batch_task(app: Celery, run_slice: Callable[[str], None]) -> None:
@@ -17,6 +17,11 @@ def register_batch_task(app: Celery, run_slice: Callable[[str], None]) -> None:
 def register_chat_task(app: Celery, run: Callable[[str], None]) -> None:
     """A chat ticket: answer the request it names."""
     app.task(_plain_task(run), name=CHAT_TASK, ignore_result=True)
+
+
+def register_finetune_task(app: Celery, run: Callable[[str], None]) -> None:
+    """A fine-tune ticket: take jobs on until there is none for this worker."""
+    app.task(_plain_task(run), name=FINETUNE_TASK, ignore_result=True)
 
 
 def _plain_task(run: Callable[[str], None]) -> Callable[[str], None]:

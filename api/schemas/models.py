@@ -21,3 +21,11 @@ class ModelObject(BaseModel):
     def of(cls, record: ModelRecord) -> ModelObject:
         """The wire's view of a record."""
         return cls(id=record.name, created=record.created, owned_by=record.owned_by)
+
+
+class DeletedModel(BaseModel):
+    """The answer to a deletion."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: bool = True

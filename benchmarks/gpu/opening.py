@@ -14,13 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.gpu.clock import BudgetSpent, Clock, Terminated, bounded
+from benchmarks.gpu.gpu_samples import gpu_names
 from benchmarks.gpu.machine import Preparing
 from benchmarks.gpu.photos import write_photos
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.scale import GpuScale
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.setups import SETUPS, setup_of
-from benchmarks.gpu.watch import gpu_names
 from benchmarks.gpu.work import WORKS
 from shared.errors import ConfigurationError, VlmqError
 from workers.inference.internvl.config import read_config

@@ -12,19 +12,18 @@ from pathlib import Path
 import click
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 
 from cli.client import Client, Json
 from cli.following import follow_results, patiently
 from cli.options import connect, json_option, pairs, server_options
 from cli.output import err, note, print_json, print_table, when
+from cli.uploading import upload
 
 TERMINAL = {"completed", "failed", "expired", "cancelled"}
 POLL_S = 0.5
@@ -55,7 +54,7 @@ def submit(
     """Upload FILE (one request per line) and run it."""
     labels = pairs(metadata)
     with connect(url, api_key) as client:
-        uploaded = _upload(client, file)
+        uploaded = upload(client, file, "batch")
         created = client.create_batch(uploaded["id"], labels)
         note(f"batch {created['id']} started")
         _stay_or_name(client, created, follow=follow, as_json=as_json)
@@ -176,24 +175,6 @@ def counts(found: Json) -> str:
     numbers = found["request_counts"]
     done = f"{numbers['completed']}/{numbers['total']}"
     return f"{done} ({numbers['failed']} failed)" if numbers["failed"] else done
-
-
-# --- upload ---
-
-
-def _upload(client: Client, file: Path) -> Json:
-    columns = (
-        TextColumn("upload"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("upload", total=file.stat().st_size)
-        uploaded = client.upload(file, "batch", lambda size: bar.advance(task, size))
-    note(f"uploaded {file.name} as {uploaded['id']}")
-    return uploaded
 
 
 # --- watching ---

@@ -29,7 +29,7 @@ Verdict = Literal["ok", "warning", "problem"]
 _ENGINE_NEEDS = {"transformers": ("torch", "transformers"), "lmdeploy": ("lmdeploy",)}
 
 
-_AT_REST = ("ready", "unloaded")
+_AT_REST = ("ready", "unloaded", "lent")
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def _nodes(settings: Settings) -> Iterator[Finding]:
         advice = "start one with 'vlmq up', or set redis.url to the one that runs"
         yield Finding("redis", "problem", "Redis does not answer", advice)
         return
-    missing = _missing_batches(settings)
+    missing = _missing_jobs(settings)
     if missing:
-        message = f"answers, but {missing} batches on shared storage are not in it"
+        message = f"answers, but {missing} on shared storage are not in it"
         yield Finding("redis", "problem", message, "put them back: vlmq doctor --rebuild")
     else:
         yield Finding("redis", "ok", "answers")
@@ -135,15 +135,21 @@ def _refused(node: NodeReport) -> dict[str, str]:
     return {r.model: r.detail for r in node.replicas if r.state == "ready" and r.detail}
 
 
-def _missing_batches(settings: Settings) -> int:
-    # Only this needs the batches' store, and with it Celery.
-    from shared.rebuild import missing_batches
+def _missing_jobs(settings: Settings) -> str:
+    """What Redis lacks, e.g. ``2 batches``; empty if nothing."""
+    # Only this needs the jobs' stores, and with them Celery.
+    from shared.rebuild import missing_batches, missing_finetunes
 
     client = connect(settings)
+    layout = Layout(settings.data_dir)
     try:
-        return missing_batches(client, Layout(settings.data_dir))
+        found = {
+            "batches": missing_batches(client, layout),
+            "fine-tunes": missing_finetunes(client, layout),
+        }
     finally:
         client.close()
+    return " and ".join(f"{count} {kind}" for kind, count in found.items() if count)
 
 
 def _models(settings: Settings) -> Iterator[Finding]:

@@ -47,7 +47,7 @@ def link(
         defaults=read_defaults(defaults),
         replace=replace,
     )
-    when_served = "a node serves it from its next start"
+    when_served = "running nodes that serve every linked model load it now"
     if record.revision > 1:
         when_served = "nodes that serve it replace their engines now, one by one"
     note(f"linked {record.name} to {record.path}; {when_served}")

@@ -18,7 +18,7 @@ import click
 from cli.options import local_options, read_settings
 from shared.settings import Settings, load_settings, snapshot, with_overrides
 
-WORKER_ROLES = ("chat", "batch", "engines", "reaper")
+WORKER_ROLES = ("chat", "batch", "engines", "reaper", "finetune")
 
 
 @click.command()

@@ -217,7 +217,7 @@ def _tell(pulled: _Pulled) -> None:
         return
     note(
         f"linked {pulled.name} to {pulled.path} ({amount(pulled.weights_bytes)} of weights, "
-        f"{pulled.source.revision}); a node serves it from its next start"
+        f"{pulled.source.revision}); running nodes that serve every linked model load it now"
     )
     if pulled.own_code and not pulled.trust_remote_code:
         note(

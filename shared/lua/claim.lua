@@ -18,11 +18,7 @@ local function next_unit(id)
 end
 
 local function grant(id, unit)
-  local token = redis.call('HINCRBY', key(id), 'token', 1)
-  local member = id .. '|' .. unit
-  redis.call('HSET', key(id, 'leases'), unit, token .. ' ' .. worker)
-  redis.call('ZADD', P .. 'leases', now + ttl, member)
-  redis.call('SADD', P .. 'held:' .. worker, member)
+  local token = grant_lease(id, unit, worker, now + ttl)
   redis.call('HSET', key(id), 'touched', now)
   recount(id)
   local attempts = redis.call('HGET', key(id, 'attempts'), unit)

@@ -3,6 +3,7 @@
 -- A "lane" is where batches with work for one kind of worker wait, by owner.
 local P = 'vlmq:'
 local TRANSITIONS = cjson.decode([==[@TRANSITIONS@]==])
+local FINETUNE_TRANSITIONS = cjson.decode([==[@FINETUNE_TRANSITIONS@]==])
 local CONTROL = 'control'
 local MAX_PROBLEMS = 100
 
@@ -11,9 +12,15 @@ local function now_ms()
   return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
 end
 
+-- Batches and fine-tunes are told apart by their ids, and have their leases listed apart.
+local function of_kind(id, batch, finetune)
+  return P .. (string.sub(id, 1, 6) == 'ftjob-' and finetune or batch)
+end
+
 local function key(id, part)
-  if part then return P .. 'batch:' .. id .. ':' .. part end
-  return P .. 'batch:' .. id
+  local name = of_kind(id, 'batch:', 'finetune:') .. id
+  if part then return name .. ':' .. part end
+  return name
 end
 
 local function field(id, name)
@@ -38,15 +45,25 @@ local function enter_state(id, state)
   if not is_terminal(state) then redis.call('SADD', P .. 'state:' .. state, id) end
 end
 
-local function leave_lane(id)
-  local lane = field(id, 'lane')
-  if not lane then return end
-  local owner = field(id, 'owner')
+-- A lane has its owners in turn, and each owner's members in turn.
+local function line_up(lane, owner, member)
+  local owners = P .. 'owners:' .. lane
+  redis.call('LPUSH', P .. 'lane:' .. lane .. '|' .. owner, member)
+  if not redis.call('LPOS', owners, owner) then redis.call('LPUSH', owners, owner) end
+end
+
+local function drop_out(lane, owner, member)
   local queue = P .. 'lane:' .. lane .. '|' .. owner
-  redis.call('LREM', queue, 0, id)
+  redis.call('LREM', queue, 0, member)
   if redis.call('EXISTS', queue) == 0 then
     redis.call('LREM', P .. 'owners:' .. lane, 0, owner)
   end
+end
+
+local function leave_lane(id)
+  local lane = field(id, 'lane')
+  if not lane then return end
+  drop_out(lane, field(id, 'owner'), id)
   if redis.call('EXISTS', P .. 'owners:' .. lane) == 0 then
     redis.call('SREM', P .. 'lanes', lane)
   end
@@ -55,11 +72,8 @@ end
 
 local function enter_lane(id, lane)
   leave_lane(id)
-  local owner = field(id, 'owner')
-  local owners = P .. 'owners:' .. lane
   redis.call('HSET', key(id), 'lane', lane, 'touched', now_ms())
-  redis.call('LPUSH', P .. 'lane:' .. lane .. '|' .. owner, id)
-  if not redis.call('LPOS', owners, owner) then redis.call('LPUSH', owners, owner) end
+  line_up(lane, field(id, 'owner'), id)
   redis.call('SADD', P .. 'lanes', lane)
 end
 
@@ -103,12 +117,22 @@ local function holder(id, unit)
   return tonumber(token), worker
 end
 
+-- A new lease, under the next token of its job.
+local function grant_lease(id, unit, worker, until_ms)
+  local token = redis.call('HINCRBY', key(id), 'token', 1)
+  local member = id .. '|' .. unit
+  redis.call('HSET', key(id, 'leases'), unit, token .. ' ' .. worker)
+  redis.call('ZADD', of_kind(id, 'leases', 'finetune_leases'), until_ms, member)
+  redis.call('SADD', of_kind(id, 'held:', 'finetune_held:') .. worker, member)
+  return token
+end
+
 local function drop_lease(id, unit)
   local _, worker = holder(id, unit)
   local member = id .. '|' .. unit
   redis.call('HDEL', key(id, 'leases'), unit)
-  redis.call('ZREM', P .. 'leases', member)
-  if worker then redis.call('SREM', P .. 'held:' .. worker, member) end
+  redis.call('ZREM', of_kind(id, 'leases', 'finetune_leases'), member)
+  if worker then redis.call('SREM', of_kind(id, 'held:', 'finetune_held:') .. worker, member) end
 end
 
 local function holds(id, unit, token)

@@ -123,6 +123,7 @@ def test_a_model_that_never_loaded_is_mended_by_linking_it_anew(tmp_path: Path) 
         wait_for(lambda: "engine echo/0 failed" in story(node), "the failure", LIMIT_S)
         node.stores.models.link("echo", None, engine="echo", replace=True)
         wait_for(lambda: states(node, "echo") == ["ready"], "the mended model", LIMIT_S)
+        wait_for(node.is_up, "the API", LIMIT_S)
         assert ask(node, "echo") == "are you there"
 
 
@@ -158,6 +159,21 @@ def test_an_engine_that_hangs_is_killed_and_started_again() -> None:
         wait_for(lambda: pids(node) not in (set(), {pid}), "another engine", LIMIT_S)
         assert "hung: it said nothing for 3 s" in story(node)
         assert ask(node, "echo") == "are you there"
+
+
+def test_an_engine_that_never_loads_is_killed_and_tried_again() -> None:
+    """Given a load that hangs, then it is condemned, and its model is not given up."""
+    node_settings = {**NODE, "load_limit_s": 1}
+    hanging = model(options={"setup_delay_s": 3600}, load="on_demand", gpus=["0"])
+    with running_node(models=(hanging,), node=node_settings, start=False) as node:
+        node.launch()
+        wait_for(
+            lambda: story(node).count("hung: it was not loaded after 1 s") >= 2,
+            "two verdicts",
+            LIMIT_S,
+            node.story,
+        )
+        wait_for(lambda: "could not be loaded" in story(node), "the reason", LIMIT_S, node.story)
 
 
 def test_an_engine_that_hangs_while_it_is_replaced_does_not_stop_that() -> None:

@@ -32,11 +32,6 @@ _QWEN_TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _INTERNVL_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
-_LLAVA_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
-_LLAVA_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() }}: {{ message['content'] }} "
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
 
 
 def write_qwen2_vl(out: Path) -> None:
@@ -88,62 +83,6 @@ def write_qwen2_vl(out: Path) -> None:
     processor.save_pretrained(out)
 
 
-def write_llava(out: Path) -> None:
-    """Write a LLaVA 1.5: every picture becomes one square."""
-    import torch
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-
-    tokenizer = _fast(_LLAVA_TOKENS, end="</s>", pad="<pad>", chat=_LLAVA_TEMPLATE, start="<s>")
-    vision = CLIPVisionConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=112,
-        patch_size=14,
-        projection_dim=256,
-    )
-    text = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=4096,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_select_strategy="default",
-        vision_feature_layer=-2,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    _save(LlavaForConditionalGeneration(config), out)
-    pictures = CLIPImageProcessor(
-        size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}
-    )
-    LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        chat_template=_LLAVA_TEMPLATE,
-    ).save_pretrained(out)
-
-
 def write_internvl3(out: Path) -> None:
     """Write an InternVL3 in the form that transformers has built in."""
     import torch
@@ -165,6 +104,7 @@ def write_internvl3(out: Path) -> None:
         extra_special_tokens=dict(zip(roles, _INTERNVL_TOKENS, strict=True)),
     )
     text = Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
         hidden_size=512,
         intermediate_size=1024,
         num_hidden_layers=2,
@@ -206,16 +146,23 @@ def write_internvl3(out: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "qwen2-vl": write_qwen2_vl,
-    "llava": write_llava,
     "internvl3": write_internvl3,
 }
 """By the model's usual name."""
 
 
 def _save(model: Any, out: Path) -> None:
+    """Save it with weights under which attention counts as much as the last word does.
+
+    By transformers' own small ones an answer would hardly depend on the picture.
+    """
     import torch
 
-    model.to(torch.float16).save_pretrained(out)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    model.to(torch.bfloat16).save_pretrained(out)
 
 
 def _video(processor: Any, name: str) -> dict[str, Any]:
@@ -233,7 +180,6 @@ def _fast(
     end: str,
     pad: str,
     chat: str,
-    start: str | None = None,
     **more: Any,
 ) -> Any:
     from transformers import PreTrainedTokenizerFast
@@ -250,7 +196,6 @@ def _fast(
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in controls])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=start,
         eos_token=end,
         pad_token=pad,
         chat_template=chat,

@@ -26,9 +26,7 @@ pytestmark = [
     [
         ("qwen2-vl", "turbomind"),
         ("qwen2-vl", "pytorch"),
-        ("internvl3", "turbomind"),
         ("internvl3", "pytorch"),
-        ("llava", "auto"),
     ],
 )
 def test_pictures_reach_the_model(tmp_path: Path, model: str, backend: str) -> None:

@@ -28,12 +28,12 @@ StartApi = Callable[..., contextlib.AbstractContextManager["ApiServer"]]
 class ApiServer:
     """``python -m api.server`` with a Valkey of its own, below one temporary folder."""
 
-    def __init__(self, folder: Path, **api: Any) -> None:
+    def __init__(self, folder: Path, more: str = "", **api: Any) -> None:
         self.folder = folder
         self.log = folder / "api.log"
         self._port_file = folder / "port"
         self.config = folder / "node.toml"
-        self.config.write_text(_config(folder, {"port": 0, "threads": 64, **api}))
+        self.config.write_text(_config(folder, {"port": 0, "threads": 64, **api}) + f"\n{more}")
         self.settings: Settings = load_settings(self.config)
         self.redis: subprocess.Popen[bytes] | None = None
         self.process: subprocess.Popen[bytes] | None = None
@@ -144,14 +144,14 @@ def _accepts(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def running_api(*, owners: tuple[str, ...] = (), **api: Any) -> Iterator[ApiServer]:
+def running_api(*, owners: tuple[str, ...] = (), more: str = "", **api: Any) -> Iterator[ApiServer]:
     """A started pair of API and Valkey; ``api`` goes into its section of the settings.
 
-    Each of ``owners`` gets a key, in ``secrets``; without any, no keys are needed.
+    ``more`` is TOML of other sections. Each of ``owners`` gets a key, in ``secrets``; without any, no keys are needed.
     """
     # Short, because a Unix socket's path has room for about 100 bytes.
     with tempfile.TemporaryDirectory(prefix="vlmq-") as folder:
-        server = ApiServer(Path(folder), **api)
+        server = ApiServer(Path(folder), more, **api)
         layout = Layout(server.settings.data_dir)
         layout.create()
         server.secrets = {owner: KeyStore(layout.keys).create(owner)[1] for owner in owners}

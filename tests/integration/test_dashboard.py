@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from shared.metrics import METRICS
-from shared.presence import GpuReport, NodeReport
+from shared.presence import FinetuneReport, GpuReport, NodeReport
 from tests.running_node import RunningNode, wait_for
 from tests.scraped import Scrape, scrape
 
@@ -41,16 +41,19 @@ EXPRESSIONS = [
 
 @pytest.fixture(scope="module")
 def seen(node: RunningNode) -> Scrape:
-    """A node's page when there was a chat that failed, and a machine with a GPU beside it."""
+    """A node's page when a chat had failed, beside a machine that trains on its only GPU."""
     with pytest.raises(openai.APIStatusError):
         node.sdk(max_retries=0).chat.completions.create(
             model="echo", messages=[{"role": "user", "content": "[[echo:error]]"}]
         )
     gpus = [GpuReport(0, 1, 2, 0.5)]
-    node.stores.presence.announce(NodeReport("gpu", int(time.time()), gpus=gpus), ttl_s=60)
+    trains = NodeReport("gpu", int(time.time()), gpus=gpus, finetune=FinetuneReport(1, 0))
+    node.stores.presence.announce(trains, ttl_s=60)
+    node.stores.redis.hset("vlmq:finetune_steps", "ftjob-elsewhere", '["base", 1.5]')
     wait_for(lambda: "vlmq_chat_errors_total{" in scrape(node.port).text, "the error", 10)
     found = scrape(node.port)
     node.stores.presence.forget("gpu")
+    node.stores.redis.delete("vlmq:finetune_steps")
     return found
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from api.metrics import render
 from shared.errors import LeaseLost, QueueUnavailable, from_code
+from shared.finetune_store import STEP_SECONDS, FinetuneLease, NewEvent
+from shared.finetunes import FinetuneState
 from shared.jobs import BatchState
 from shared.metrics import (
     BATCH_ITEMS,
@@ -24,10 +26,11 @@ from shared.metrics import (
     Metric,
     counted,
 )
-from shared.presence import GpuReport, NodeReport, ReplicaReport
+from shared.presence import FinetuneReport, GpuReport, NodeReport, ReplicaReport
 from shared.shards import ShardHeader
 from shared.stores import Stores
 from tests.conftest import connected, store_settings
+from tests.finetune_steps import BASE, create, now, running
 from tests.integration.api_server import ApiServer, StartApi
 from tests.running_node import wait_for
 from tests.scraped import Scrape, scrape
@@ -210,6 +213,63 @@ def test_what_is_counted_while_redis_is_away_takes_no_room(tmp_path: Path) -> No
             raise QueueUnavailable
 
 
+# --- fine-tunes -------------------------------------------------------------------------------
+
+
+def test_fine_tunes_are_told_by_state(stores: Stores) -> None:
+    """Each once, also if its last step is sent twice; and after a rebuild."""
+    done, taken_back = running(stores), running(stores, worker="dead")
+    for _ in range(2):
+        stores.finetunes.move(done, FinetuneState.SUCCEEDED, message="Done")
+    paused = create(stores)
+    stores.finetunes.want("ann", paused.id, "pause")
+    stores.finetunes.want("ann", create(stores).id, "cancel")
+    assert page(stores).value("vlmq_finetunes", state="running") == 1
+    stores.finetunes.reap(["dead"])
+    seen = page(stores)
+    live = {"validating_files": 0, "queued": 1, "running": 0, "paused": 1}
+    assert seen.by("vlmq_finetunes", "state") == live
+    assert now(stores, taken_back.job).state == FinetuneState.QUEUED
+    ended = {"succeeded": 1, "failed": 0, "cancelled": 1}
+    assert seen.by("vlmq_finetunes_ended_total", "state") == ended
+    assert seen.value("vlmq_finetunes_created_total") == 4
+    reaped = {"expired": 0, "worker_died": 1}
+    assert seen.by("vlmq_finetune_leases_reaped_total", "reason") == reaped
+    stores.redis.flushall()
+    stores.rebuild()
+    assert page(stores).by("vlmq_finetunes", "state") == live
+
+
+def test_a_training_steps_time_is_told_while_it_trains(stores: Stores) -> None:
+    """The longest of a base model's, and nothing when none trains."""
+
+    def tell(lease: FinetuneLease, step: int, seconds: float) -> None:
+        data = {"step": step, STEP_SECONDS: seconds}
+        event = NewEvent("Step", type="metrics", data=data)
+        stores.finetunes.add_events(lease, [event])
+
+    assert page(stores).by("vlmq_finetune_step_seconds", "model") == {}
+    slow, quick = running(stores), running(stores)
+    tell(slow, 10, 9.5)
+    tell(slow, 20, 2.5)
+    tell(quick, 10, 0.5)
+    assert page(stores).by("vlmq_finetune_step_seconds", "model") == {BASE: 2.5}
+    stores.finetunes.release(slow)
+    assert page(stores).by("vlmq_finetune_step_seconds", "model") == {BASE: 0.5}
+    stores.finetunes.move(quick, FinetuneState.FAILED, message="Disk")
+    assert page(stores).by("vlmq_finetune_step_seconds", "model") == {}
+
+
+def test_gpus_for_fine_tunes_are_told_by_node(stores: Stores) -> None:
+    """Where fine-tunes run; other nodes have no such series."""
+    report = FinetuneReport(gpus_total=4, gpus_free=3, running=["ftjob-1"])
+    stores.presence.announce(NodeReport("trains", int(time.time()), finetune=report), ttl_s=60)
+    stores.presence.announce(NodeReport("serves", int(time.time())), ttl_s=60)
+    seen = page(stores)
+    assert seen.by("vlmq_finetune_gpus", "node").keys() == {"trains"}
+    assert seen.by("vlmq_finetune_gpus", "state") == {"free": 3, "taken": 1}
+
+
 # --- nodes ------------------------------------------------------------------------------------
 
 HOSTILE = 'a"} 1\nvlmq_nodes 99\n\\{x="\ny'
@@ -224,7 +284,7 @@ def test_names_cannot_break_out_of_their_labels(stores: Stores) -> None:
     assert seen.value("vlmq_nodes") == 1
     assert seen.value("vlmq_program_ready", node=HOSTILE, program=HOSTILE) == 1
     by_state = seen.by("vlmq_replicas", "state")
-    others = dict.fromkeys(("starting", "restarting", "stopping", "unloaded"), 0)
+    others = dict.fromkeys(("starting", "restarting", "stopping", "unloaded", "lent"), 0)
     assert by_state == {"ready": 1, "failed": 1, **others}
     labels = {"node": HOSTILE, "model": HOSTILE, "replica": "1"}
     assert seen.value("vlmq_replica_restarts_total", **labels) == 3

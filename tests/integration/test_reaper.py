@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from shared.finetunes import FinetuneState
 from shared.jobs import BatchState
-from shared.queue import CONTROL_QUEUE, batch_queue
+from shared.queue import CONTROL_QUEUE, FINETUNE_QUEUE, batch_queue
 from shared.settings import snapshot
 from shared.stores import Stores
 from tests.conftest import connected, store_settings
 from tests.faults.batches import numbered
+from tests.finetune_steps import claim as claim_finetune
+from tests.finetune_steps import create as create_finetune
+from tests.finetune_steps import running
 from tests.running_node import wait_for
 from tests.stored_batches import claim, commit, jsonl, link_model, now, planned, record, upload
 from workers.app import start_ticks
@@ -196,3 +200,77 @@ def test_the_program_takes_back_what_was_lost(stores: Stores, tmp_path: Path) ->
     assert process.wait(timeout=10) == 0
     commit(stores, claim(stores))
     assert now(stores, batch).state == BatchState.FINALIZING
+
+
+# --- fine-tunes -------------------------------------------------------------------------------
+
+
+def test_an_expired_fine_tune_is_taken_back(stores: Stores, reaper: Reaper) -> None:
+    """One that is renewed is not, and the attempt counts."""
+    lost, kept = running(stores), running(stores)
+    time.sleep(TTL_S * 0.6)
+    stores.finetunes.renew(kept)
+    time.sleep(TTL_S * 0.6)
+    reaper.turn()
+    again = claim_finetune(stores)
+    assert (again.job_id, again.attempts) == (lost.job_id, 1)
+    assert stores.finetunes.renew(kept) == "run"
+
+
+def test_after_a_restart_of_redis_trainers_have_time_to_renew(stores: Stores) -> None:
+    """A training of hours must not be taken away for that."""
+    lease = running(stores)
+    time.sleep(TTL_S + 0.1)
+    reaper = Reaper(stores.settings, stores)
+    reaper.turn()
+    assert stores.finetunes.renew(lease) == "run"
+    time.sleep(TTL_S + 0.1)
+    reaper.turn()
+    assert claim_finetune(stores).attempts == 1
+
+
+def test_what_a_dead_consumer_of_this_run_trained_is_taken_back_at_once(
+    stores: Stores, reaper: Reaper
+) -> None:
+    """Not what another node's did."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    name = f"{process.pid}:{start_ticks(process.pid)}"
+    here, there = f"here:run-1:{name}", f"there:run-1:{name}"
+    for worker in (here, there):
+        stores.leases.register(worker)
+    mine, other = running(stores, worker=here), running(stores, worker=there)
+    reaper.turn()
+    assert stores.finetunes.demand(limit=9) == 0
+    process.kill()
+    process.wait()
+    reaper.turn()
+    assert claim_finetune(stores).job_id == mine.job_id
+    assert stores.finetunes.renew(other) == "run"
+
+
+def test_missing_tickets_of_fine_tunes_are_published(stores: Stores, reaper: Reaper) -> None:
+    """As many as could be claimed, at most the window, and not again while they wait."""
+    for _ in range(2):
+        create_finetune(stores)
+    claim_finetune(stores, "validate")
+    stores.redis.delete("vlmq:celery:finetune")
+    for _ in range(2):
+        reaper.turn()
+        assert stores.tickets.waiting(FINETUNE_QUEUE) == 1
+    for _ in range(9):
+        create_finetune(stores)
+    stores.redis.delete("vlmq:celery:finetune")
+    reaper.turn()
+    assert stores.tickets.waiting(FINETUNE_QUEUE) == 4
+
+
+def test_an_event_that_cannot_be_written_holds_up_no_reaping(
+    stores: Stores, reaper: Reaper
+) -> None:
+    """The job is free all the same, and so is the next one."""
+    broken, other = running(stores), running(stores)
+    shutil.rmtree(stores.finetunes.path(broken.job_id) / "events")
+    time.sleep(TTL_S * 1.2)
+    reaper.turn()
+    for lease in (broken, other):
+        assert stores.finetunes.get("ann", lease.job_id).state == FinetuneState.QUEUED

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from cli.main import vlmq
 from shared.errors import BY_CODE, VlmqError
+from shared.finetunes import FINETUNE_TRANSITIONS
 from shared.jobs import TRANSITIONS
 from shared.metrics import METRICS
 from shared.settings import Settings
@@ -195,6 +196,18 @@ def test_the_table_of_states_is_the_one_in_the_code() -> None:
     }
     assert documented == {
         state.value: {to.value for to in following} for state, following in TRANSITIONS.items()
+    }
+
+
+def test_the_table_of_a_fine_tunes_states_is_the_one_in_the_code() -> None:
+    """ARCHITECTURE.md shows the transitions of shared/finetunes.py."""
+    documented = {
+        quoted(state): set(re.findall(r"`(\w+)`", following))
+        for state, _, following in rows_under(ARCHITECTURE, "Fine-tune is")
+    }
+    assert documented == {
+        state.value: {to.value for to in following}
+        for state, following in FINETUNE_TRANSITIONS.items()
     }
 
 

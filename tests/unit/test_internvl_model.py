@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from shared.checkpoints import weight_files
 from shared.errors import CheckpointInvalid
@@ -29,7 +28,16 @@ from workers.inference.internvl.model import InternVL, pixel_shuffle
 from workers.inference.internvl.preprocess import tiles_of
 from workers.inference.internvl.synthesis import INTERNVL2_2B, TINY
 from workers.inference.internvl.tokenizer import FastVocabulary
+from workers.inference.internvl.vision_ops import provide_vision_ops
 from workers.inference.tiny import CHECKPOINT, scenes
+
+provide_vision_ops()
+from transformers import (  # noqa: E402 - beside a CPU build of torch only after the line above
+    AutoModel,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 CPU = torch.device("cpu")
 

@@ -50,6 +50,49 @@ def test_every_change_is_a_new_revision(layout: Layout, checkpoint: Path) -> Non
         registry.reload("nobody")
 
 
+def test_publishing_a_candidate_is_no_new_revision(layout: Layout) -> None:
+    """Its engines are loaded already; who may see it is as it was linked."""
+    registry = ModelRegistry(layout)
+    candidate = registry.link("ft:m::1", None, base="m", job="j", candidate=True, visible_to="me")
+    assert (candidate.base, candidate.job, candidate.candidate) == ("m", "j", True)
+    published = registry.publish("ft:m::1")
+    assert published == msgspec.structs.replace(candidate, candidate=False)
+    assert ModelRegistry(layout).get("ft:m::1") == published
+    with pytest.raises(ModelNotFound):
+        registry.publish("nobody")
+
+
+def test_what_was_tuned_from_a_removed_model_follows_that_ones_base(layout: Layout) -> None:
+    """Or nobody would know any more where it is to be served."""
+    registry = ModelRegistry(layout)
+    registry.link("m", None)
+    registry.link("first", None, base="m")
+    registry.link("second", None, base="first")
+    registry.remove("first")
+    assert registry.get("second").base == "m"
+    registry.remove("m")
+    assert registry.get("second").base == "m", "a model without a base leaves nothing to follow"
+
+
+def test_a_model_linked_by_another_program_is_known_at_once(layout: Layout) -> None:
+    """Though what is known of the others is a second old."""
+    reader = ModelRegistry(layout)
+    assert not reader.knows("m", "me")
+    ModelRegistry(layout).link("m", None)
+    assert reader.get("m").name == "m"
+    assert reader.knows("m", "me")
+
+
+def test_a_missing_disk_is_not_an_empty_registry(layout: Layout) -> None:
+    """Programs that drop what is missing must not drop everything."""
+    registry = ModelRegistry(layout)
+    registry.link("m", None)
+    assert list(registry.by_name()) == ["m"]
+    layout.models.rename(layout.models.with_name("elsewhere"))
+    with pytest.raises(StorageFailed, match="mounted"):
+        registry.by_name()
+
+
 @pytest.mark.parametrize("name", ["a/b", "ft:base:suffix:id", "Org/Model-1.5_x@rev+q", "x" * 128])
 def test_names_may_look_like_paths(layout: Layout, name: str) -> None:
     """Each has one file, directly in the folder."""

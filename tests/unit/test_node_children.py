@@ -157,6 +157,16 @@ def test_a_permanent_failure_is_not_retried_in_a_loop(
     assert child.pid is None
 
 
+def test_a_program_that_was_given_up_may_be_tried_again_much_later(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a program that says so, when it has failed for good, then it is started all the same."""
+    monkeypatch.setattr(processes, "PERMANENT_RETRY_S", 0.01)
+    child = stage.child("raise SystemExit(3)", retry_failed_s=0.02)
+    child.start()
+    stage.until(child, lambda: child.restarts > processes.PERMANENT_RETRIES + 1)
+
+
 def test_a_permanent_failure_waits_half_a_minute(stage: Stage) -> None:
     """Given exit status 3, then the next start is 30 seconds away, not at once."""
     child = stage.child("raise SystemExit(3)")

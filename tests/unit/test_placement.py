@@ -78,14 +78,13 @@ def test_the_number_of_replicas(
 )
 def test_a_gpu_is_fed_by_all_cores(said: Any, gpus: list[str], cores: int, expected: int) -> None:
     """Unless somebody knows better."""
-    node = NodeSettings(batch_processes=said, serve=(entry(gpus=gpus),))
-    assert count_batch_processes(node, cores) == expected
+    serve = (entry(gpus=gpus),)
+    assert count_batch_processes(NodeSettings(batch_processes=said), serve, cores) == expected
 
 
 def test_lmdeploy_is_on_a_gpu_whether_one_is_named_or_not() -> None:
     """A model that was only linked with it names none."""
-    node = NodeSettings(serve=(entry(engine="lmdeploy"),))
-    assert count_batch_processes(node, 12) == 12
+    assert count_batch_processes(NodeSettings(), (entry(engine="lmdeploy"),), 12) == 12
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,11 @@ def model(name: str, share: float = 1.0, **fields: Any) -> Standing:
     return Standing(**{**given, **fields})
 
 
+def base(name: str, share: float = 1.0) -> Standing:
+    """One that would be always loaded, had it not to make room for what was tuned from it."""
+    return model(name, share, eager=True)
+
+
 def loaded(name: str, share: float = 1.0, *, busy: bool = False, **fields: Any) -> Standing:
     """One that is in memory."""
     times = {"since_s": NOW - 100, "used_at_s": NOW - 50}
@@ -44,6 +49,31 @@ def wanted(name: str, share: float = 1.0, *, for_s: float = 1, **fields: Any) ->
             id="always loaded",
         ),
         pytest.param([model("a"), wanted("b")], ["b"], {}, id="wanted, and there is room"),
+        pytest.param([base("a")], ["a"], {}, id="a base is loaded unasked"),
+        pytest.param(
+            [loaded("a", eager=True), wanted("t", tuned=True)],
+            [],
+            {"a": "t"},
+            id="a base makes room for what was tuned from it",
+        ),
+        pytest.param(
+            [base("a"), wanted("t", tuned=True)], ["t"], {}, id="what is wanted goes before a base"
+        ),
+        pytest.param(
+            [base("a"), loaded("t", tuned=True)], [], {}, id="a base waits while it has no room"
+        ),
+        pytest.param(
+            [base("a", 0.5), model("t", 0.5, tuned=True)],
+            ["a"],
+            {},
+            id="a tuned model is not loaded unasked, though it fits",
+        ),
+        pytest.param(
+            [base("a", 0.6), model("x", 0.4), model("t", 0.6, tuned=True)],
+            ["a", "x"],
+            {},
+            id="tuned models do not keep from loading what else fits",
+        ),
         pytest.param(
             [wanted("a", for_s=1), wanted("b", for_s=2)], ["b"], {}, id="the longest wanted first"
         ),

@@ -47,7 +47,7 @@ class ImageReader:
         Blocks while it reads. Raises: a subclass of ImageError that says what to do, or
         StorageFailed (retryable) if the disk fails.
         """
-        return prepare(self._load(url), self._settings, tiling, detail, self._room)
+        return prepare(self.load(url), self._settings, tiling, detail, self._room)
 
     def with_uploads(self, open_upload: OpenUpload) -> ImageReader:
         """The same reader, for somebody with other uploads."""
@@ -59,7 +59,8 @@ class ImageReader:
         """Close idle connections to image servers."""
         self._fetcher.close()
 
-    def _load(self, url: str) -> bytes:
+    def load(self, url: str) -> bytes:
+        """The encoded file at ``url``, not yet looked at. Raises: as ``read``."""
         if url.startswith("/"):
             return self._roots.read(url)
         if is_id(url, "file-"):

@@ -115,6 +115,31 @@ def prepare(
     return Image(cut_up, "tiles", width, height, detail, len(data), tiling.tile_px)
 
 
+class UprightFile(NamedTuple):
+    """A verified image for programs that do not look at its orientation.
+
+    ``data`` is the encoded file, ``format`` its name in Pillow's words, ``width`` and ``height``
+    are in pixels.
+    """
+
+    data: bytes
+    format: str
+    width: int
+    height: int
+
+
+def upright_file(
+    data: bytes, settings: ImageSettings, room: DecodeRoom | None = None
+) -> UprightFile:
+    """Verify an encoded file and turn it upright; only one that has to be turned is encoded anew.
+
+    A turned JPEG is a JPEG again, of high quality; anything else becomes a PNG.
+    Raises: as ``verify``.
+    """
+    turned, name, width, height = _decoded(data, settings, room, _Upright())
+    return UprightFile(data if turned is None else turned, name, width, height)
+
+
 class _Use(Protocol[T_co]):
     """What is wanted of an image: a word with the decoder, then something made of the pixels."""
 
@@ -137,6 +162,33 @@ class _Whole(_Use[tuple[int, int]]):
         """Width and height."""
         image.crop((0, 0, 1, 1)).convert("RGB")
         return image.size
+
+
+class _Upright(_Use[tuple[bytes | None, str, int, int]]):
+    """The image turned and encoded, or ``None`` if it is upright; its format, width and height."""
+
+    def before(self, image: ImageFile.ImageFile) -> None:
+        """Ask for every pixel."""
+
+    def after(self, image: ImageFile.ImageFile) -> tuple[bytes | None, str, int, int]:
+        """Turn and encode, if need be."""
+        image.crop((0, 0, 1, 1)).convert("RGB")
+        picture = upright(image)
+        name = image.format or "PNG"
+        if picture is image:
+            return None, name, *image.size
+        if picture.mode != "RGB":
+            picture = picture.convert("RGB")
+        name = name if name == "JPEG" else "PNG"
+        file = io.BytesIO()
+        picture.save(file, name, **_ENCODING[name])
+        return file.getvalue(), name, *picture.size
+
+
+_ENCODING: dict[str, dict[str, int]] = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "PNG": {"compress_level": 1},
+}
 
 
 class _Tiles(_Use[tuple[bytes, int, int]]):

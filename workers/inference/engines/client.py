@@ -24,6 +24,7 @@ from shared.errors import (
     EngineBusy,
     EngineCrashed,
     EngineUnavailable,
+    GpuLent,
     RequestAborted,
     RequestTimedOut,
     VlmqError,
@@ -114,7 +115,8 @@ class EngineClient:
 
         ``on_end`` is called exactly once: with None after the last delta, or with what went wrong.
         When an engine dies, a stream without a delta yet is tried once more; others end with
-        EngineCrashed. Without a replica it ends with EngineUnavailable, with full ones EngineBusy.
+        EngineCrashed. Without a replica it ends with EngineUnavailable, with full ones EngineBusy,
+        while their GPU is lent to training GpuLent.
         """
         pool = self._running_pool()
         stream = _Stream(prompt, lane, on_delta, on_end)
@@ -350,6 +352,8 @@ class _Pool:
             return
         limit_s = self._wait_s
         if self._standby.is_on():
+            if self._refuse_parked():
+                return
             self._want()
             limit_s = self._standby_wait_s
         begun_s = self._loop.time() - limit_s
@@ -358,6 +362,20 @@ class _Pool:
         full = any(link.replica.ready for link in self._links.values())
         for stream in late:
             self._end(stream, EngineBusy() if full else EngineUnavailable())
+
+    def _refuse_parked(self) -> bool:
+        """Tell everybody who waits that the engines will be away for longer than that."""
+        try:
+            lent = self._standby.lent()
+        except VlmqError as error:
+            log.warning("standby not read", model=self._model, reason=error.message)
+            return False
+        if not lent:
+            return False
+        parked, self._parked = self._parked, []
+        for stream in parked:
+            self._end(stream, GpuLent(f"{lent}; try again in a while", param="model"))
+        return True
 
     def _want(self) -> None:
         try:

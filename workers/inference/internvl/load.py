@@ -24,6 +24,7 @@ from .backbone import Backbone, BuiltInBackbone, PublishedBackbone
 from .checkpoint import read_model
 from .config import ConfigInvalid, ModelConfig, read_config
 from .tokenizer import FastVocabulary, TokenizerInvalid, Vocabulary
+from .vision_ops import provide_vision_ops
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ def _load_published(
     folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> Loaded:
     """Load by the checkpoint's own code; whatever that raises is a failed setup."""
+    provide_vision_ops()
     from transformers import AutoModel, AutoTokenizer
 
     log.warning("running the code that came with %s", folder)

@@ -1,0 +1,134 @@
+"""Whether a fine-tune may have what it names: base model, files, a batch, images, a configuration.
+
+Whatever is wrong is said before the job exists. The worker checks again, for all of it may change.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from api import current
+from api.schemas.finetune_request import CreateFinetune
+from shared.checkpoints import CONFIG
+from shared.errors import Forbidden, InvalidValue, NotFound
+from shared.finetunes import FinetuneSpec
+from shared.jobs import Batch
+from shared.models import MAX_NAME_CHARACTERS
+from shared.tunable import WHAT_WORKS, require_consent, require_tunable
+
+_LONGEST_CHECKPOINT = ":ckpt-step-9999999"
+_DATA_PURPOSES = ("fine-tune",)
+_ARCHIVE_PURPOSES = ("fine-tune", "vision", "user_data")
+
+
+def check_sources(asked: CreateFinetune) -> None:
+    """Raises: ModelNotFound, InvalidValue or Forbidden whose ``param`` is the field."""
+    _check_model(asked.model)
+    if asked.training_file.startswith("batch_"):
+        _check_batch(asked.training_file)
+    else:
+        _check_file(asked.training_file, _DATA_PURPOSES, "training_file")
+    if asked.validation_file is not None:
+        _check_file(asked.validation_file, _DATA_PURPOSES, "validation_file")
+    options = asked.vlmq
+    if options.images is not None:
+        _check_images(options.images)
+    if options.config_file is not None:
+        _require_config_right()
+        _check_file(options.config_file, ("fine-tune", "user_data"), "vlmq.config_file")
+
+
+def check_name(spec: FinetuneSpec) -> None:
+    """Make sure that the tuned model, and each checkpoint's, can be registered under its name.
+
+    Raises: InvalidValue for ``suffix`` (for ``model`` if there is none).
+    """
+    excess = len(spec.tuned_name) + len(_LONGEST_CHECKPOINT) - MAX_NAME_CHARACTERS
+    if excess > 0:
+        raise InvalidValue(
+            f"the tuned model's name would be {excess} characters too long; choose a shorter "
+            "suffix, or link the base under a shorter name",
+            param="suffix" if spec.suffix else "model",
+        )
+
+
+def _check_model(name: str) -> None:
+    record = current.visible_model(name)
+    if record.path is None:
+        raise InvalidValue(
+            f"the model '{name}' has no checkpoint that could be tuned; {WHAT_WORKS}", param="model"
+        )
+    # A checkpoint may lie on a worker's own disk; the worker looks then.
+    if (Path(record.path) / CONFIG).is_file():
+        require_tunable(name, Path(record.path))
+        require_consent(record)
+
+
+def _check_batch(batch_id: str) -> None:
+    """Its requests are learned from with its answers, so the input must still be there, too."""
+    stores, owner, param = current.stores(), current.owner(), "training_file"
+    try:
+        batch = stores.batches.get(owner, batch_id)
+        stores.files.get(owner, batch.input_file_id)
+    except NotFound as error:
+        raise InvalidValue(error.message, param=param) from None
+    if not batch.is_terminal or not _has_answers(batch):
+        reason = "has no answers" if batch.is_terminal else "has not ended"
+        raise InvalidValue(f"the batch '{batch_id}' {reason}", param=param)
+
+
+def _has_answers(batch: Batch) -> bool:
+    return batch.output_file_id is not None and batch.completed > 0
+
+
+def _check_file(file_id: str, purposes: tuple[str, ...], param: str) -> None:
+    try:
+        record = current.stores().files.get(current.owner(), file_id)
+    except NotFound as error:
+        raise InvalidValue(error.message, param=param) from None
+    if record.purpose not in purposes:
+        raise InvalidValue(
+            f"the file '{file_id}' was uploaded for '{record.purpose}'; upload it for "
+            f"'{purposes[0]}'",
+            param=param,
+        )
+
+
+def _check_images(place: str) -> None:
+    param = "vlmq.images"
+    if place.startswith("file-"):
+        _check_file(place, _ARCHIVE_PURPOSES, param)
+        return
+    roots = current.stores().settings.images.roots
+    if not roots:
+        raise InvalidValue(
+            "this server reads no images from its disk; upload an archive (tar or zip) to "
+            "/v1/files and name it, or let the operator name folders in the setting images.roots",
+            param=param,
+        )
+    if "\0" in place or not place.startswith("/") or ".." in place.split("/"):
+        raise InvalidValue(
+            "vlmq.images: name an uploaded archive (file-…), or a folder by its absolute path "
+            "without '..'",
+            param=param,
+        )
+    real = Path(os.path.realpath(place))
+    # The same answer whether or not something is there: outside is nobody's business.
+    if not any(real.is_relative_to(os.path.realpath(root)) for root in roots):
+        raise InvalidValue(
+            "vlmq.images: that is not inside a folder this server may read images from (the "
+            "setting images.roots); upload an archive to /v1/files instead",
+            param=param,
+        )
+    if not os.path.isdir(real):  # noqa: PTH112 - says no where Path.is_dir fails, for long names
+        raise InvalidValue("vlmq.images: there is no such folder", param=param)
+
+
+def _require_config_right() -> None:
+    if current.owner() not in current.stores().settings.finetune.config_owners:
+        raise Forbidden(
+            "a configuration is code that runs on the server, so only owners named in the setting "
+            "finetune.config_owners may send one; use the options of vlmq instead",
+            param="vlmq.config_file",
+        )

@@ -1,0 +1,181 @@
+"""Makes a model compute faster without computing anything else.
+
+The published code of InternLM2 and InternViT attends eagerly where flash-attn is not installed: it
+keeps a matrix of all pairs of tokens per head. PyTorch's own attention gives the same numbers but
+for rounding. Right-padded batches need no mask under a causal order: padding comes last, so no
+token that counts sees it.
+"""
+
+# Functions that take a method's place have its signature.
+# ruff: noqa: ARG001, FBT001, FBT002
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.hooks import Hook
+from torch import Tensor, nn
+from torch.nn import functional
+
+from workers.training.features import can_cache, fill_cache, read_features_only
+from workers.training.logits import compute_labelled_only
+from workers.training.orders import Speed
+from workers.training.samples import StrictSamples
+
+_LANGUAGE_ATTENTION = frozenset({"InternLM2Attention", "InternLM2FlashAttention2"})
+_VISION_ATTENTION = "InternAttention"
+_LANGUAGE_DECODER = "InternLM2Model"
+_MASK_MAKERS = ("_prepare_decoder_attention_mask", "_update_causal_mask")
+"""Of the code that InternVL2-2B was published with, and of InternLM2.5's, which others carry."""
+
+
+class SpeedHook(Hook):  # type: ignore[misc]
+    """Applies what was chosen, once the model is loaded and wrapped."""
+
+    priority = "VERY_HIGH"
+
+    def __init__(self, speed: Speed) -> None:
+        self._speed = speed
+
+    def before_train(self, runner: Any) -> None:
+        """Called when everything is loaded."""
+        model = runner.model.module
+        replaced = use_sdpa(model) if self._speed.attention == "sdpa" else 0
+        set_checkpointing(model, on=self._speed.gradient_checkpointing)
+        labelled = self._speed.labelled_logits and compute_labelled_only(model)
+        self._cache_features(runner, model)
+        runner.logger.info(
+            "PyTorch's attention in %d modules; gradient checkpointing %s; logits of %s tokens",
+            replaced,
+            "on" if self._speed.gradient_checkpointing else "off",
+            "labelled" if labelled else "all",
+        )
+
+    def _cache_features(self, runner: Any, model: nn.Module) -> None:
+        folder = self._speed.cached_features
+        loader = runner.train_dataloader
+        if folder is None or not isinstance(loader.dataset, StrictSamples):
+            return
+        if not can_cache(model):
+            runner.logger.warning("The ViT is trained or drops at random: no features are cached")
+            return
+        started = time.monotonic()
+        cache = fill_cache(model, loader.dataset, Path(folder), loaders=loader.num_workers)
+        loader.dataset.features = cache
+        read_features_only(model)
+        runner.logger.info("Features are cached after %.1f s", time.monotonic() - started)
+
+
+def use_sdpa(model: nn.Module) -> int:
+    """Replace eager attention by PyTorch's; returns in how many modules. Others stay as they are."""
+    count = 0
+    for module in model.modules():
+        name = type(module).__name__
+        if name in _LANGUAGE_ATTENTION:
+            module.forward = types.MethodType(_language_attention, module)
+        elif name == _VISION_ATTENTION:
+            module.forward = types.MethodType(_vision_attention, module)
+        elif name == _LANGUAGE_DECODER:
+            for maker in _MASK_MAKERS:
+                if hasattr(module, maker):
+                    setattr(module, maker, _no_mask)
+            continue
+        else:
+            continue
+        count += 1
+    return count
+
+
+def set_checkpointing(model: Any, *, on: bool) -> None:
+    """Turn gradient checkpointing of both towers on or off.
+
+    The published ViT checkpoints by torch's reentrant way, which gives no gradients at all when its
+    input needs none, as pixels do: then LoRA on the ViT would learn nothing, without a word. So its
+    embeddings are made to need one where something in the ViT is trained.
+    """
+    language, vision = model.model.language_model, model.model.vision_model
+    if on:
+        language.gradient_checkpointing_enable()
+    else:
+        language.gradient_checkpointing_disable()
+    trained = any(parameter.requires_grad for parameter in vision.parameters())
+    for module in vision.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = on and trained
+    if on and trained:
+        for module in _embeddings(vision):
+            module.register_forward_hook(_require_gradient)
+
+
+def _embeddings(vision: nn.Module) -> Iterator[nn.Module]:
+    for name, module in vision.named_modules():
+        if name.rpartition(".")[2] == "embeddings":
+            yield module
+
+
+def _require_gradient(module: nn.Module, given: Any, out: Any) -> None:
+    if not out.requires_grad:
+        out.requires_grad_()
+
+
+def _no_mask(*given: Any, **named: Any) -> None:
+    """The causal order is mask enough."""
+
+
+def _language_attention(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_value: Any = None,
+    output_attentions: bool = False,
+    use_cache: bool = False,
+    **rest: Any,
+) -> tuple[Tensor, None, None]:
+    """``[b, n, hidden]`` to the same shape; for training, so without a past."""
+    if past_key_value is not None or use_cache:
+        raise RuntimeError("attention for training keeps no past; set use_cache to False")
+    groups = self.wqkv(hidden_states).unflatten(
+        -1, (self.num_key_value_heads, self.num_key_value_groups + 2, self.head_dim)
+    )
+    query = groups[..., :-2, :].flatten(2, 3).transpose(1, 2)
+    key = groups[..., -2, :].transpose(1, 2)
+    value = groups[..., -1, :].transpose(1, 2)
+    cosine, sine = _angles(self.rotary_emb, value, position_ids)
+    # The way of turning is part of the checkpoint's own code.
+    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
+    query, key = rotate(query, key, cosine, sine, position_ids)
+    seen = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=self.num_key_value_groups > 1
+    )
+    return self.wo(seen.transpose(1, 2).flatten(2)), None, None
+
+
+def _angles(rotary: nn.Module, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines: of every position in InternVL2-2B's code, of those given in InternLM2.5's."""
+    named = inspect.signature(rotary.forward).parameters
+    if "position_ids" in named:
+        return rotary(value, positions)  # type: ignore[no-any-return]
+    return rotary(value, seq_len=value.shape[-2])  # type: ignore[no-any-return]
+
+
+def _vision_attention(self: Any, hidden_states: Tensor) -> Tensor:
+    """``[tiles, tokens, hidden]`` to the same shape."""
+    query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+    if self.qk_normalization:
+        query, key = self.q_norm(query), self.k_norm(key)
+    heads = [
+        part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value)
+    ]
+    dropout = self.attn_drop.p if self.training else 0.0
+    seen = functional.scaled_dot_product_attention(
+        heads[0], heads[1], heads[2], dropout_p=dropout, scale=self.scale
+    )
+    out: Tensor = self.proj_drop(self.proj(seen.transpose(1, 2).flatten(2)))
+    return out
