@@ -106,6 +106,15 @@ class Client:
         with self._stream("GET", path, params={"after": after}) as response:
             yield ResultLines(response)
 
+    @contextmanager
+    def rows(
+        self, batch_id: str, *, after: int, limit: int, with_messages: bool
+    ) -> Iterator[ResultLines]:
+        """The lines of a batch that are done, flat, after that line of its input."""
+        query = {"after": after, "limit": limit, "messages": "true" if with_messages else "false"}
+        with self._stream("GET", f"/v1/batches/{batch_id}/rows", params=query) as response:
+            yield ResultLines(response)
+
     def batches(self, limit: int, after: str | None = None) -> Json:
         """A page of batches, newest first."""
         return self._page("/v1/batches", limit, after)

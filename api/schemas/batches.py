@@ -42,6 +42,12 @@ class ResultsQuery(Fields):
     limit: Annotated[int, Field(ge=1, le=100_000)] = 1000
 
 
+class RowsQuery(ResultsQuery):
+    """The query of ``GET /v1/batches/{id}/rows``; ``messages`` asks for all that was asked."""
+
+    messages: bool = False
+
+
 class RequestCounts(BaseModel):
     """Lines of the input: all of them, those answered, those failed."""
 

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from cli.client import Client, Json
+from cli.commands.export import export
 from cli.following import follow_results, patiently
 from cli.options import connect, json_option, pairs, server_options
 from cli.output import err, note, print_json, print_table, when
@@ -34,6 +35,9 @@ PLAIN_LINE_S = 10.0
 @click.group()
 def batch() -> None:
     """Run many requests from a JSONL file."""
+
+
+batch.add_command(export)
 
 
 @batch.command()
