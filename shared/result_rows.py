@@ -9,12 +9,31 @@ import msgspec
 from shared.chat import ImagePart, Message, TextPart
 
 
+class Member(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where in an archive or table an image is.
+
+    ``path`` or the id of an upload, ``file``, is the archive. ``offset`` is where the bytes (tar) or
+    the local header (zip) begin, or a row's number (table). ``size`` is the image's; ``stored`` is
+    what a zip member takes.
+    """
+
+    type: str
+    offset: int
+    path: str | None = None
+    file: str | None = None
+    size: int | None = None
+    stored: int | None = None
+    image_column: str | None = None
+
+
 class ResultRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of a batch. Every key is always there, but ``messages`` only if asked for.
+    """One line of a batch. Every key is always there, but the last two only if asked for.
 
     ``image`` is the address of the request's first image, or ``None`` if that is in the request
-    itself; ``prompt`` is the text of the last user message. Both are ``None`` too where the request
-    cannot be read any more. ``caption`` is the answer, and ``None`` exactly if ``error_code`` is not.
+    itself or in an archive; ``prompt`` is the text of the last user message. Both are ``None`` too
+    where the request cannot be read any more. ``caption`` is the answer, and ``None`` exactly if
+    ``error_code`` is not. Of an image set, ``custom_id``, ``image`` and the URL in ``messages`` are
+    escaped (``shared.captions.escape_name``).
     """
 
     line: int
@@ -29,6 +48,7 @@ class ResultRow(msgspec.Struct, frozen=True, kw_only=True):
     error_code: str | None
     error: str | None
     messages: list[Message] | msgspec.UnsetType | None = msgspec.UNSET
+    member: Member | msgspec.UnsetType | None = msgspec.UNSET
 
 
 def images_of(messages: Sequence[Message]) -> list[str]:

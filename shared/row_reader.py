@@ -7,80 +7,17 @@ line of the input is in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 
+from shared.asked import UNREADABLE, Asked, BatchInput, FileInput, NoInput, SetInput
 from shared.batches import BatchStore
-from shared.chat import Message
 from shared.errors import NotFound, StorageFailed
 from shared.files import FileStore
 from shared.jobs import Batch
-from shared.manifest import Chunk
-from shared.result_rows import ResultRow, images_of, prompt_of
+from shared.manifest import Manifest
+from shared.result_rows import ResultRow
 from shared.results import ResultPage, ResultStore, in_blocks
-from shared.storage import storage_errors
-
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_BOM = b"\xef\xbb\xbf"
-
-
-# --- what was asked ---------------------------------------------------------------------------
-
-
-class _Body(msgspec.Struct, frozen=True):
-    messages: list[Message]
-
-
-class _InputLine(msgspec.Struct, frozen=True):
-    body: _Body
-
-
-_input = msgspec.json.Decoder(_InputLine)
-
-
-class _InputFile:
-    """The requests of a JSONL file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def lines(self, chunk: Chunk) -> Iterator[tuple[int, bytes]]:
-        """The lines of a chunk by number, one at a time. Raises: StorageFailed."""
-        with storage_errors(self._path), open(self._path, "rb") as stream:
-            stream.seek(chunk.offset)
-            left, number = chunk.length, chunk.first_line
-            while left:
-                text = stream.readline(left)
-                if not text:
-                    raise StorageFailed(f"{self._path} is shorter than when the batch was planned")
-                left -= len(text)
-                yield number, text
-                number += 1
-
-
-class _NoInput:
-    """Of a file that was deleted nothing is known."""
-
-    def lines(self, chunk: Chunk) -> Iterator[tuple[int, bytes]]:
-        """Nothing."""
-        return iter(())
-
-
-def _line_of(lines: Iterator[tuple[int, bytes]], wanted: int) -> bytes | None:
-    """The line of that number; those before it are passed over."""
-    for number, text in lines:
-        if number == wanted:
-            return text
-    return None
-
-
-def _messages_of(text: bytes) -> list[Message] | None:
-    try:
-        return _input.decode(text.removeprefix(_BOM)).body.messages
-    except _UNREADABLE:
-        return None
-
 
 # --- what was answered ------------------------------------------------------------------------
 
@@ -125,17 +62,24 @@ _result = msgspec.json.Decoder(_ResultLine)
 _encoder = msgspec.json.Encoder()
 
 
-def _row(number: int, line: bytes, asked: list[Message] | None, model: str | None) -> ResultRow:
+def _line_of(lines: Iterator[tuple[int, bytes]], wanted: int) -> bytes | None:
+    """The line of that number; those before it are passed over."""
+    for number, text in lines:
+        if number == wanted:
+            return text
+    return None
+
+
+def _row(number: int, line: bytes, asked: Asked, model: str | None) -> ResultRow:
     found = _result.decode(line)
     body = found.response.body if found.response is not None else _ResponseBody()
     problem = found.error or body.error
     choice = body.choices[0] if body.choices else _Choice(_Answer())
-    images = images_of(asked or [])
     return ResultRow(
         line=number,
         custom_id=found.custom_id,
-        image=_address(images[0]) if images else None,
-        prompt=prompt_of(asked or []),
+        image=asked.image,
+        prompt=asked.prompt,
         caption=None if problem is not None else choice.message.content or "",
         model=body.model or model,
         finish_reason=choice.finish_reason,
@@ -146,10 +90,6 @@ def _row(number: int, line: bytes, asked: list[Message] | None, model: str | Non
     )
 
 
-def _address(url: str) -> str | None:
-    return None if url[:5].lower() == "data:" else url
-
-
 # --- both -------------------------------------------------------------------------------------
 
 
@@ -157,12 +97,12 @@ class RowPage:
     """Some rows in the order of the input, to be streamed; a cursor as of a ``ResultPage``."""
 
     def __init__(
-        self, page: ResultPage, asked: _InputFile | _NoInput, batch: Batch, *, with_messages: bool
+        self, page: ResultPage, source: BatchInput, batch: Batch, *, with_messages: bool
     ) -> None:
         self.next_after = page.next_after
         self.complete = page.complete
         self._page = page
-        self._asked = asked
+        self._source = source
         self._model = batch.model
         self._with_messages = with_messages
 
@@ -176,19 +116,20 @@ class RowPage:
     def rows(self) -> Iterator[ResultRow]:
         """The rows, one at a time. Raises: as ``blocks``."""
         for chunk, lines in self._page.chunks():
-            asked = self._asked.lines(chunk)
+            requests = self._source.lines(chunk)
             for number, line in lines:
-                yield self._joined(number, line, _line_of(asked, number))
+                text = _line_of(requests, number)
+                asked = Asked() if text is None else self._source.asked(chunk, text)
+                yield self._joined(number, line, asked)
 
-    def _joined(self, number: int, line: bytes, text: bytes | None) -> ResultRow:
-        asked = None if text is None else _messages_of(text)
+    def _joined(self, number: int, line: bytes, asked: Asked) -> ResultRow:
         try:
             row = _row(number, line, asked, self._model)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise StorageFailed(f"the result of line {number} is damaged: {error}") from error
         if not self._with_messages:
             return row
-        return msgspec.structs.replace(row, messages=asked)
+        return msgspec.structs.replace(row, messages=asked.messages, member=asked.member)
 
 
 class RowReader:
@@ -208,14 +149,21 @@ class RowReader:
         """
         page = self._results.page(owner, batch_id, after=after, limit=limit)
         batch = self._batches.get(owner, batch_id)
-        return RowPage(page, self._input(batch, with_messages), batch, with_messages=with_messages)
+        source = self._input(batch, is_required=with_messages)
+        return RowPage(page, source, batch, with_messages=with_messages)
 
-    def _input(self, batch: Batch, with_messages: bool) -> _InputFile | _NoInput:  # noqa: FBT001
+    def _input(self, batch: Batch, *, is_required: bool) -> BatchInput:
+        if batch.source is not None:
+            folder = self._batches.folder(batch.id)
+            if not Manifest.exists(folder):
+                return NoInput()  # nor are there lines
+            return SetInput(batch.source, Manifest(folder))
+        assert batch.input_file_id is not None, "a batch has an input file or an image set"
         try:
-            return _InputFile(self._files.content_path(batch.owner, batch.input_file_id))
+            return FileInput(self._files.content_path(batch.owner, batch.input_file_id))
         except NotFound:
-            if not with_messages:
-                return _NoInput()
+            if not is_required:
+                return NoInput()
             raise NotFound(
                 f"the batch's input file '{batch.input_file_id}' was deleted, and with it what was "
                 "asked; leave 'messages' out",

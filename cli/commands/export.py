@@ -199,15 +199,15 @@ def _writer(client: Client, found: Json, wanted: Wanted, report: Report) -> Iter
             )
             return
         stream = opened.enter_context(staging.file(name))
-        yield _stream_writer(stream, wanted, images)
+        yield _stream_writer(stream, wanted, names, images)
 
 
-def _stream_writer(stream: BinaryIO, wanted: Wanted, images: Images) -> RowWriter:
+def _stream_writer(stream: BinaryIO, wanted: Wanted, names: Names, images: Images) -> RowWriter:
     if wanted.form == "jsonl":
         return JsonlWriter(stream)
     if wanted.form == "parquet":
         return ParquetRows(stream)
-    asked = Asked(prompt=wanted.prompt, embed=images if wanted.embed_images else None)
+    asked = Asked(names, prompt=wanted.prompt, embed=images if wanted.embed_images else None)
     return LlavaWriter(stream, asked) if wanted.form == "llava" else OpenAiWriter(stream, asked)
 
 

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 import msgspec
 
 from cli.export.images import Images, is_inline, media_type
+from cli.export.names import Names
 from cli.export.writing import LeftOut
 from shared.chat import ImagePart, Message, TextPart
 from shared.result_rows import ResultRow, images_of
@@ -20,7 +21,8 @@ class Asked:
     the row as ``data:`` URLs.
     """
 
-    def __init__(self, *, prompt: str | None, embed: Images | None = None) -> None:
+    def __init__(self, names: Names, *, prompt: str | None, embed: Images | None = None) -> None:
+        self._names = names
         self._prompt = prompt
         self._embed = embed
 
@@ -29,6 +31,12 @@ class Asked:
         if not row.messages:
             raise LeftOut("request_unreadable", "what was asked cannot be read")
         if self._prompt is None:
+            if row.prompt is None:
+                raise LeftOut(
+                    "prompt_unknown",
+                    "the question was made of sidecar files, which are not read again; say with "
+                    "--prompt what to write in its place",
+                )
             return row.messages
         return _with_prompt(row.messages, self._prompt)
 
@@ -45,12 +53,14 @@ class Asked:
                 "the image is in the request itself, and this format names files; the formats "
                 "openai and webdataset hold it",
             )
-        return _as_path(urls[0])
+        return self._names.text(_as_path(urls[0]))
 
     def address(self, row: ResultRow, url: str) -> str:
         """What a row says where an image is. Raises: LeftOut if it is to be read and cannot be."""
-        if self._embed is None or is_inline(url):
+        if is_inline(url):
             return url
+        if self._embed is None:
+            return self._names.text(url)
         data = self._embed.read(row, url)
         return f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
 

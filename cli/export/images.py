@@ -41,13 +41,15 @@ class Images:
 
     def read(self, row: ResultRow, url: str) -> bytes:
         """The encoded image at this address of the row's request. Raises: LeftOut."""
+        if self._names.is_set:
+            url = row.image or ""
         if is_inline(url):
             return _decoded(url)
         if is_id(url, "file-"):
             return self._uploaded(url)
         if url[:5].lower() in {"http:", "https"}:
             raise LeftOut("image_on_the_web", "images on the web are not fetched for an export")
-        return _read_file(self._path(row, url))
+        return read_file(self._path(row, url))
 
     def _path(self, row: ResultRow, url: str) -> bytes:
         if self._root is not None:
@@ -105,7 +107,7 @@ def _decoded(url: str) -> bytes:
         raise LeftOut("image_unreadable", "the data: URL is not valid base64") from None
 
 
-def _read_file(path: bytes) -> bytes:
+def read_file(path: bytes) -> bytes:
     # Without O_NONBLOCK the open of a named pipe would wait for a writer for ever.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     shown = ascii(os.fsdecode(path))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import unquote
 
 from cli.export.writing import LeftOut
+from shared.captions import unescape_name
 from shared.result_rows import ResultRow
 
 MAX_NAME_BYTES = 255
-_MAX_FOLDERS = 64
+_MAX_FOLDERS = 256
+_NO_TEXT = re.compile(r"[\ud800-\udfff]")
 _IMAGE_SUFFIXES = frozenset(
     b"jpg jpeg jpe jfif png webp gif bmp tif tiff avif heic heif ppm".split()
 )
@@ -20,11 +23,18 @@ class Names:
     """Tells the names of a batch's images; ``is_set`` says that the server wrote them for a set."""
 
     def __init__(self, *, is_set: bool) -> None:
-        self._is_set = is_set
+        self.is_set = is_set
 
     def plain(self, name: str) -> str:
         """A name as Python has those of files; bytes that are no text are lone surrogates."""
-        return name
+        return unescape_name(name) if self.is_set else name
+
+    def text(self, name: str) -> str:
+        """A name as JSON can hold it. Raises: LeftOut."""
+        plain = self.plain(name)
+        if _NO_TEXT.search(plain):
+            raise LeftOut("unusable_name", f"{plain!a} is no text, so this format cannot name it")
+        return plain
 
     def below(self, row: ResultRow, root: Path) -> list[bytes]:
         """The parts of the path below ``root`` of the row's image. Raises: LeftOut.

@@ -9,6 +9,7 @@ import click
 from shared.result_rows import ResultRow
 
 _GROUP_ROWS = 10_000
+_NOT_FLAT = ("messages", "member")
 _NUMBERS = ("line", "prompt_tokens", "completion_tokens")
 
 
@@ -32,7 +33,11 @@ class ParquetRows:
         fields = ResultRow.__struct_fields__
         text, number = self._arrow.string(), self._arrow.int64()
         self._schema = self._arrow.schema(
-            [(name, number if name in _NUMBERS else text) for name in fields if name != "messages"]
+            [
+                (name, number if name in _NUMBERS else text)
+                for name in fields
+                if name not in _NOT_FLAT
+            ]
         )
         self._writer = self._arrow.parquet.ParquetWriter(stream, self._schema, compression="zstd")
         self._rows: list[ResultRow] = []

@@ -12,6 +12,8 @@ from cli.following import FIRST_WAIT_S, LONGEST_WAIT_S
 from cli.output import note
 from shared.result_rows import ResultRow
 
+_PATIENCE_S = 600.0
+"""Without a row for so long, the server will not come back by itself."""
 _PAGE_ROWS = 1000
 _PAGE_ROWS_WITH_MESSAGES = 100
 _row = msgspec.json.Decoder(ResultRow)
@@ -28,23 +30,24 @@ class RowStream:
         self._after = 0
 
     def __iter__(self) -> Iterator[ResultRow]:
-        """The rows, one at a time. Raises: ServerTrouble that does not pass."""
-        wait_s = FIRST_WAIT_S
+        """The rows, one at a time. Raises: ServerTrouble that does not pass, or not in time."""
+        wait_s, waited_s = FIRST_WAIT_S, 0.0
         while True:
             before = self._after
             try:
                 yield from self._page()
             except ServerTrouble as error:
-                if not error.passing:
-                    raise
                 if self._after > before:
-                    wait_s = FIRST_WAIT_S
-                elif wait_s == FIRST_WAIT_S:
-                    note(f"{error.message.splitlines()[0]}; trying again until it answers")
+                    wait_s, waited_s = FIRST_WAIT_S, 0.0
+                if not error.passing or waited_s > _PATIENCE_S:
+                    raise
+                if not waited_s:
+                    note(f"{error.message.splitlines()[0]}; trying again")
                 time.sleep(wait_s)
+                waited_s += wait_s
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
             else:
-                wait_s = FIRST_WAIT_S
+                wait_s, waited_s = FIRST_WAIT_S, 0.0
                 if self.complete or self._after == before:
                     return
 

@@ -51,7 +51,7 @@ class WebDatasetWriter:
             self._begin()
         self._items += 1
         key = f"{row.line:012d}"
-        flat = msgspec.structs.replace(row, messages=msgspec.UNSET)
+        flat = msgspec.structs.replace(row, messages=msgspec.UNSET, member=msgspec.UNSET)
         self._member(f"{key}.{suffix}", data)
         self._member(f"{key}.txt", (row.caption or "").encode())
         self._member(f"{key}.json", _encoder.encode(flat))
