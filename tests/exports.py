@@ -10,7 +10,7 @@ from typing import Any
 
 from cli.main import run
 from shared.chat import completion_body
-from shared.errors import VlmqError
+from shared.errors import InvalidJson, VlmqError
 from shared.jobs import Batch
 from shared.leases import Lease
 from shared.manifest import Manifest
@@ -19,6 +19,7 @@ from shared.stores import Stores
 from tests.faults.batches import line
 from tests.stored_batches import LANE, MODEL, jsonl, link_model, now, record, run_control
 from workers.inference.batch_lines import error_line, item_id, output_line
+from workers.inference.chunk_input import input_path, lines_of
 
 OWNER = "local"
 QUESTION = "What is it?"
@@ -57,28 +58,34 @@ def planned(stores: Stores, lines: Sequence[str]) -> Batch:
 
 def answered(stores: Stores, lines: Sequence[str], answers: Answers = caption) -> Batch:
     """A batch of these lines that has ended with these answers."""
-    batch = planned(stores, lines)
+    return worked_off(stores, planned(stores, lines), answers)
+
+
+def worked_off(stores: Stores, batch: Batch, answers: Answers = caption) -> Batch:
+    """The planned batch, with these answers, ended."""
     while (lease := stores.leases.claim(LANE, "w")) is not None:
-        answer_chunk(stores, lease, lines, answers)
+        answer_chunk(stores, lease, answers)
     run_control(stores)
     return now(stores, batch)
 
 
-def answer_chunk(stores: Stores, lease: Lease, lines: Sequence[str], answers: Answers) -> None:
-    """Write the shard of a chunk as a consumer does, and commit it."""
+def answer_chunk(stores: Stores, lease: Lease, answers: Answers = caption) -> None:
+    """Write the shard of a chunk as a consumer does, and commit it; what is no JSON fails."""
     folder = stores.batches.folder(lease.batch_id)
-    chunk = Manifest(folder).chunk(int(lease.unit))
+    manifest = Manifest(folder)
+    lines = lines_of(lease.spec, manifest, input_path(lease.spec, stores.layout))
     output, errors, failed = b"", b"", 0
-    for number in range(chunk.first_line, chunk.first_line + chunk.items):
-        custom_id = json.loads(lines[number - 1])["custom_id"]
-        name, answer = item_id(lease.batch_id, number), answers(number)
+    for one in lines(manifest.chunk(int(lease.unit))):
+        custom_id, name = one.custom_id(), item_id(lease.batch_id, one.number)
+        answer = InvalidJson() if custom_id is None else answers(one.number)
         if isinstance(answer, VlmqError):
             errors += error_line(name, custom_id, answer)
             failed += 1
         else:
-            output += output_line(name, custom_id, _completion(name, answer))
-    header = ShardHeader(len(output), len(errors), chunk.items - failed, failed, 0, 0)
-    write_shard(shard_path(folder, chunk.index, lease.token), header, output, errors)
+            output += output_line(name, custom_id or "", _completion(name, answer))
+    items = manifest.chunk(int(lease.unit)).items
+    header = ShardHeader(len(output), len(errors), items - failed, failed, 0, 0)
+    write_shard(shard_path(folder, int(lease.unit), lease.token), header, output, errors)
     stores.batches.committed(lease, header, [])
 
 
