@@ -38,6 +38,10 @@ class ChunkInput(Protocol):
         """What is asked, and how its images are read; may read from disk. Raises: InvalidRequest."""
         ...
 
+    def close(self) -> None:
+        """Nothing more is read."""
+        ...
+
 
 class FileInput:
     """The lines of a JSONL file, each a request as it is."""
@@ -77,6 +81,9 @@ class FileInput:
     def complete(self, line: Line, request: BatchLine) -> tuple[ChatRequest, ReadImage]:
         """The request is complete."""
         return request.body, self._read_image
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class _EntryLine(Line, frozen=True):
@@ -118,7 +125,7 @@ class ImageSetInput:
 
     def parse(self, line: Line, duplicates: frozenset[int]) -> BatchLine:
         """The entry's request, its texts not filled in yet."""
-        entry = _entry_of(line)
+        entry = entry_of(line)
         error = entry.error()
         if error is not None:
             raise error
@@ -126,16 +133,20 @@ class ImageSetInput:
 
     def complete(self, line: Line, request: BatchLine) -> tuple[ChatRequest, ReadImage]:
         """Fill in the texts."""
-        entry = _entry_of(line)
+        entry = entry_of(line)
         place = self._place(entry.place)
         texts = self._images.texts(entry, place, self._asked.columns)
         body = request_of(self._source, self._asked.fill(texts))
         return body, lambda _, detail: self._prepare(self._images.load(entry, place), detail)
 
+    def close(self) -> None:
+        """Close the archives."""
+        self._images.close()
+
     def _place(self, offset: int) -> Place:
         if offset not in self._places:
             assert self._places_path is not None, "no chunk was read"
-            self._places[offset] = _read_place(self._places_path, offset)
+            self._places[offset] = read_place(self._places_path, offset)
         return self._places[offset]
 
 
@@ -168,12 +179,14 @@ def entry_lines(manifest: Manifest, chunk: Chunk) -> Sequence[Line]:
     return [_EntryLine(number, text) for number, text in enumerate(texts, chunk.first_line)]
 
 
-def _entry_of(line: Line) -> Entry:
+def entry_of(line: Line) -> Entry:
+    """The entry that a line of an image set is. Raises: StorageFailed if it is damaged."""
     assert isinstance(line, _EntryLine), "the line is not of this input"
     return line.entry()
 
 
-def _read_place(path: Path, offset: int) -> Place:
+def read_place(path: Path, offset: int) -> Place:
+    """The place that begins at ``offset`` of a file of places. Raises: StorageFailed."""
     with storage_errors(path), open(path, "rb") as stream:
         stream.seek(offset)
         line = stream.readline()
