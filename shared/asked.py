@@ -173,26 +173,18 @@ def _named(message: Message, name: str) -> Message:
 
 
 def _path(entry: Entry, place: Place) -> str | None:
-    """Where the image is a file of its own, its path; escaped."""
+    """The address of an image that is a file of its own; escaped."""
     if entry.path is not None:
         return entry.path
-    if entry.offset is not None or place.path is None:
-        return None
     if place.type == "image":
-        return place.path
+        return place.path or place.file
+    if place.type != "folder" or place.path is None:
+        return None
     return posixpath.join(place.path, entry.name.removeprefix(place.prefix))
 
 
 def _member(entry: Entry, place: Place) -> Member | None:
-    """Where the image is in an archive or a table."""
+    """Where in an archive or a table the image is."""
     if entry.offset is None or entry.path is not None:
         return None
-    return Member(
-        type=place.type,
-        path=place.path,
-        file=place.file,
-        offset=entry.offset,
-        size=entry.size,
-        stored=entry.stored,
-        image_column=place.image_column,
-    )
+    return Member(place, entry.offset, entry.size, entry.stored)

@@ -6,24 +6,21 @@ from collections.abc import Sequence
 
 import msgspec
 
+from shared.captions import Place
 from shared.chat import ImagePart, Message, TextPart
 
 
 class Member(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Where in an archive or table an image is.
+    """Where in an archive or a table (``place``) an image is.
 
-    ``path`` or the id of an upload, ``file``, is the archive. ``offset`` is where the bytes (tar) or
-    the local header (zip) begin, or a row's number (table). ``size`` is the image's; ``stored`` is
-    what a zip member takes.
+    ``offset`` is where its bytes (tar) or its local header (zip) begin, or a row's number (table).
+    ``size`` is the image's; ``stored`` is what a zip member takes.
     """
 
-    type: str
+    place: Place
     offset: int
-    path: str | None = None
-    file: str | None = None
     size: int | None = None
     stored: int | None = None
-    image_column: str | None = None
 
 
 class ResultRow(msgspec.Struct, frozen=True, kw_only=True):

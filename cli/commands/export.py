@@ -58,7 +58,7 @@ class Wanted(msgspec.Struct, frozen=True):
 @click.option(
     "--images",
     type=click.Path(path_type=Path, exists=True),
-    help="The folder with the images, if not where the requests say.  [webdataset, --embed-images]",
+    help="The folder or archive of the images, if not where the server has it.  [webdataset, --embed-images]",
 )
 @click.option(
     "--errors", type=click.Path(path_type=Path, dir_okay=False), help="List what is left out."
@@ -185,11 +185,14 @@ def _writer(client: Client, found: Json, wanted: Wanted, report: Report) -> Iter
         finally:
             sidecars.abandon()
         return
-    images = Images(client, names, wanted.images)
     folder, name = wanted.output.parent, wanted.output.name
     if not wanted.overwrite:
         refuse_existing(wanted.output)
-    with staged(folder, name, overwrite=wanted.overwrite) as staging, ExitStack() as opened:
+    with (
+        Images(client, names, wanted.images) as images,
+        staged(folder, name, overwrite=wanted.overwrite) as staging,
+        ExitStack() as opened,
+    ):
         if wanted.form == "webdataset":
             if wanted.shard_items is not None:
                 # An earlier export may have made more shards than this one will.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
-from urllib.parse import unquote
 
 import msgspec
 
 from cli.export.images import Images, is_inline, media_type
-from cli.export.names import Names
+from cli.export.names import Names, file_path
 from cli.export.writing import LeftOut
 from shared.chat import ImagePart, Message, TextPart
 from shared.result_rows import ResultRow, images_of
@@ -53,7 +52,7 @@ class Asked:
                 "the image is in the request itself, and this format names files; the formats "
                 "openai and webdataset hold it",
             )
-        return self._names.text(_as_path(urls[0]))
+        return self._names.text(file_path(urls[0]))
 
     def address(self, row: ResultRow, url: str) -> str:
         """What a row says where an image is. Raises: LeftOut if it is to be read and cannot be."""
@@ -74,12 +73,6 @@ def answer_of(row: ResultRow) -> Message:
     if not row.caption or not row.caption.strip():
         raise LeftOut("empty_answer", "the answer is empty")
     return Message("assistant", row.caption)
-
-
-def _as_path(url: str) -> str:
-    if url[:7].lower() == "file://":
-        return "/" + unquote(url[7:].partition("/")[2])
-    return url
 
 
 def _with_prompt(messages: list[Message], prompt: str) -> list[Message]:

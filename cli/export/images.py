@@ -7,10 +7,11 @@ import binascii
 import os
 import stat
 from pathlib import Path
-from urllib.parse import unquote
+from typing import Self
 
 from cli.client import Client, ServerTrouble
-from cli.export.names import Names
+from cli.export.archives import Archives
+from cli.export.names import Names, file_path
 from cli.export.writing import LeftOut
 from shared.ids import is_id
 from shared.result_rows import ResultRow
@@ -30,17 +31,28 @@ _MEDIA_TYPES = {
 class Images:
     """Reads images: from the request, by the server's upload, or from this machine's disk.
 
-    With ``root``, files are looked for below it by their name in the set, or by their address if that
-    is below it; without, at the absolute address that the request names.
+    ``given`` is where the images are here, if not where the request says: the archive that was
+    captioned, or a folder. In that, files are looked for by their name in the set, or by their address
+    if that is below it. A context manager.
     """
 
-    def __init__(self, client: Client, names: Names, root: Path | None) -> None:
+    def __init__(self, client: Client, names: Names, given: Path | None) -> None:
         self._client = client
         self._names = names
-        self._root = None if root is None else root.resolve()
+        is_folder = given is not None and given.is_dir()
+        self._root = given.resolve() if given is not None and is_folder else None
+        self._archives = Archives(client, None if is_folder else given)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._archives.close()
 
     def read(self, row: ResultRow, url: str) -> bytes:
         """The encoded image at this address of the row's request. Raises: LeftOut."""
+        if row.member:
+            return self._archives.read(row.member, row.custom_id or "")
         if self._names.is_set:
             url = row.image or ""
         if is_inline(url):
@@ -49,15 +61,15 @@ class Images:
             return self._uploaded(url)
         if url[:5].lower() in {"http:", "https"}:
             raise LeftOut("image_on_the_web", "images on the web are not fetched for an export")
-        return read_file(self._path(row, url))
+        return _read_file(self._path(row, url))
 
     def _path(self, row: ResultRow, url: str) -> bytes:
         if self._root is not None:
             return b"/".join((os.fsencode(self._root), *self._names.below(row, self._root)))
-        path = "/" + unquote(url[7:].partition("/")[2]) if url[:7].lower() == "file://" else url
+        path = file_path(url)
         if not path.startswith("/"):
             raise LeftOut("image_not_found", "say with --images in which folder the images are")
-        return os.fsencode(self._names.plain(path))
+        return self._names.encoded(path)
 
     def _uploaded(self, file_id: str) -> bytes:
         data = bytearray()
@@ -107,7 +119,7 @@ def _decoded(url: str) -> bytes:
         raise LeftOut("image_unreadable", "the data: URL is not valid base64") from None
 
 
-def read_file(path: bytes) -> bytes:
+def _read_file(path: bytes) -> bytes:
     # Without O_NONBLOCK the open of a named pipe would wait for a writer for ever.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     shown = ascii(os.fsdecode(path))

@@ -41,29 +41,33 @@ class Names:
 
         It is the image's own if that was named by a path inside ``root``, and else the custom_id.
         """
-        address = row.image or ""
-        if address[:7].lower() == "file://":
-            address = "/" + unquote(address[7:].partition("/")[2])
         folder = os.fsencode(root).rstrip(b"/") + b"/"
-        path = _encoded(self.plain(address))
+        path = self.encoded(file_path(row.image or ""))
         if path.startswith(folder):
             return _parts(path[len(folder) :])
         if row.custom_id is None:
             raise LeftOut("no_name", "the line has no custom_id to name a file by")
-        return _parts(_encoded(self.plain(row.custom_id)))
+        return _parts(self.encoded(row.custom_id))
+
+    def encoded(self, name: str) -> bytes:
+        """A name as the kernel takes it. Raises: LeftOut if it cannot be the name of a file."""
+        try:
+            return os.fsencode(self.plain(name))
+        except UnicodeEncodeError:
+            raise LeftOut("unusable_name", f"{name!a} cannot be the name of a file") from None
+
+
+def file_path(address: str) -> str:
+    """The path in a ``file://`` URL; anything else as it is."""
+    if address[:7].lower() != "file://":
+        return address
+    return "/" + unquote(address[7:].partition("/")[2], errors="surrogateescape")
 
 
 def caption_name(image: bytes) -> bytes:
     """The name of the sidecar of an image: ``.txt`` in place of what image files end in."""
     stem, _, suffix = image.rpartition(b".")
     return (stem if stem and suffix.lower() in _IMAGE_SUFFIXES else image) + b".txt"
-
-
-def _encoded(name: str) -> bytes:
-    try:
-        return os.fsencode(name)
-    except UnicodeEncodeError:
-        raise LeftOut("unusable_name", f"{name!a} cannot be the name of a file") from None
 
 
 def _parts(name: bytes) -> list[bytes]:

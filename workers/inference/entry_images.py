@@ -11,7 +11,6 @@ import os
 import posixpath
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from shared.captions import Entry, Place, unescape_name
 from shared.errors import (
@@ -26,16 +25,14 @@ from shared.errors import (
 )
 from shared.settings import ImageSettings
 from shared.storage import storage_errors
+from shared.tables import TableRows, image_in
+from shared.zip_reading import read_member
 from workers.inference.image_files import ImageRoots, Seen, read_file, shown
 from workers.inference.image_sources import OpenUpload
-from workers.inference.tables import Table, image_in
-from workers.inference.zip_members import read_member
 
 MAX_SIDECAR_BYTES = 1 << 20
 _MAX_OPEN = 4
 """Archives that stay open; entries come one archive after the other."""
-_MAX_ROWS_PASSED = 1024
-"""Rows of a table that are rather passed over than looked for from the beginning."""
 
 
 class EntryImages:
@@ -175,29 +172,6 @@ class EntryImages:
             return self._load_member(place, offset, size, stored[0] if stored else None, entry.name)
         except ImageError as error:
             raise TextMissing(error.message, param="template") from None
-
-
-class TableRows:
-    """The image column of a table from some row on; rows are asked for in their order."""
-
-    def __init__(self, place: Place, descriptor: int, start: int) -> None:
-        assert place.image_column is not None, "a table's place names its column"
-        self._place = place
-        self._column = place.image_column
-        self._next = start
-        self._rows = Table(descriptor).rows([self._column], start)
-
-    def is_of(self, place: Place, number: int) -> bool:
-        """Whether that row of that table can be had without beginning anew."""
-        return place == self._place and self._next <= number < self._next + _MAX_ROWS_PASSED
-
-    def cell(self, number: int) -> Any:
-        """The value of the row. Raises: ImageSetUnreadable."""
-        for found, values in self._rows:
-            self._next = found + 1
-            if found == number:
-                return values[self._column]
-        raise ImageSetUnreadable(f"the table has no row {number}")
 
 
 def path_of(entry: Entry, place: Place) -> str:

@@ -19,6 +19,7 @@ from shared.captions import (
     unique_labels,
 )
 from shared.errors import ImageError, ImageSetUnreadable
+from shared.tables import ARROW, ARROW_STREAM, PARQUET
 from workers.inference.image_files import shown
 from workers.inference.listing_archives import list_tar, list_zip, opened
 from workers.inference.listing_base import Found, Surroundings, is_image_name, is_set_name
@@ -26,7 +27,6 @@ from workers.inference.listing_folders import found_file, is_pattern, list_folde
 from workers.inference.listing_folders import walk as walk_folder
 from workers.inference.listing_lists import list_lines
 from workers.inference.listing_tables import list_rows
-from workers.inference.tables import ARROW, ARROW_STREAM, PARQUET
 from workers.inference.tar_members import BLOCK, is_tar
 
 _PICTURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")

@@ -7,11 +7,11 @@ from typing import Any
 
 from shared.captions import Entry, Place, escape_name
 from shared.errors import ConfigurationError, ImageSetUnreadable, ImageUnreadable
+from shared.tables import Table, image_in
 from workers.inference.entry_images import as_text
 from workers.inference.listing_archives import opened
 from workers.inference.listing_base import Found, Surroundings
 from workers.inference.listing_lists import IMAGE_COLUMNS, path_entry
-from workers.inference.tables import Table, image_in
 
 _TICK_EVERY = 256
 

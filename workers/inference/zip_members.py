@@ -9,21 +9,19 @@ from __future__ import annotations
 import os
 import stat
 import struct
-import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from shared.errors import ImageSetUnreadable, ImageTruncated, ImageUnreadable
+from shared.errors import ImageSetUnreadable
 from workers.inference.archive_names import decode_name
 
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _CENTRAL = struct.Struct("<4s4B4HL2L5H2L")
-_LOCAL = struct.Struct("<4s2B4HL2L2H")
 _MAX_COMMENT = 65535
 _IN_EXTRA, _IN_EXTRA_SHORT = 0xFFFFFFFF, 0xFFFF
-_ENCRYPTED, _SIZES_LATER, _UTF8 = 0x1, 0x8, 0x800
+_ENCRYPTED, _UTF8 = 0x1, 0x800
 STORED, DEFLATED = 0, 8
 
 
@@ -109,39 +107,6 @@ def read_directory(
             is_other=mode not in {0, stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK},
         )
         at = following
-
-
-def read_member(descriptor: int, offset: int, stored: int, size: int, name: str) -> bytes:
-    """The bytes of the member whose local header is at ``offset``.
-
-    Raises: ImageTruncated, ImageUnreadable, by the member's ``name``; OSError.
-    """
-    header = os.pread(descriptor, _LOCAL.size, offset)
-    if len(header) < _LOCAL.size or not header.startswith(b"PK\x03\x04"):
-        raise ImageUnreadable(f"{name} is not where the archive's directory says")
-    fields = _LOCAL.unpack(header)
-    flags, method, checksum = fields[3], fields[4], fields[7]
-    data = os.pread(descriptor, stored, offset + _LOCAL.size + fields[10] + fields[11])
-    if len(data) < stored:
-        raise ImageTruncated(f"the archive ends in the middle of {name}")
-    if method == DEFLATED:
-        data = _inflated(data, size, name)
-    if len(data) != size:
-        raise ImageUnreadable(f"{name} has not the size that the archive's directory says")
-    if not flags & _SIZES_LATER and zlib.crc32(data) != checksum:
-        raise ImageUnreadable(f"{name} is damaged: its checksum is wrong")
-    return data
-
-
-def _inflated(data: bytes, size: int, name: str) -> bytes:
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        inflated = inflater.decompress(data, size + 1)
-    except zlib.error as error:
-        raise ImageUnreadable(f"{name} is damaged in the archive: {error}") from None
-    if len(inflated) > size:
-        raise ImageUnreadable(f"{name} unpacks to more than the archive's directory says")
-    return inflated
 
 
 def _directory_64(stream: BinaryIO, end: int, length: int, offset: int) -> tuple[int, int, int]:

@@ -10,9 +10,12 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from shared.captions import Place
 from shared.errors import ConfigurationError, ImageSetUnreadable, ImageUnreadable
 
 _ROWS = 64
+_MAX_ROWS_PASSED = 1024
+"""Rows that are rather passed over than looked for from the beginning."""
 PARQUET, ARROW, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 """What the files begin with. The hub of Hugging Face keeps Arrow as streams."""
 
@@ -122,6 +125,29 @@ class _Arrow:
         return ipc.open_stream(self._mapped) if self._is_stream else ipc.open_file(self._mapped)
 
 
+class TableRows:
+    """The image column of a table from some row on; rows are asked for in their order."""
+
+    def __init__(self, place: Place, descriptor: int, start: int) -> None:
+        assert place.image_column is not None, "a table's place names its column"
+        self._place = place
+        self._column = place.image_column
+        self._next = start
+        self._rows = Table(descriptor).rows([self._column], start)
+
+    def is_of(self, place: Place, number: int) -> bool:
+        """Whether that row of that table can be had without beginning anew."""
+        return place == self._place and self._next <= number < self._next + _MAX_ROWS_PASSED
+
+    def cell(self, number: int) -> Any:
+        """The value of the row. Raises: ImageSetUnreadable."""
+        for found, values in self._rows:
+            self._next = found + 1
+            if found == number:
+                return values[self._column]
+        raise ImageSetUnreadable(f"the table has no row {number}")
+
+
 def _rows_of(batch: Any, number: int, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
     skipped = max(0, start - number)
     for at in range(skipped, batch.num_rows):
@@ -145,7 +171,7 @@ def _pyarrow() -> Any:
         import pyarrow as pa
     except ImportError:
         raise ConfigurationError(
-            "tables (Parquet, Arrow) need the extra 'parquet' on the workers: pip install "
-            "'vlmq[parquet]'"
+            "tables (Parquet, Arrow) need the extra 'parquet' where they are read: "
+            "pip install 'vlmq[parquet]'"
         ) from None
     return pa
