@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cli.export.names import MAX_NAME_BYTES, Names, caption_name
-from cli.export.staging import move_into, write_errors
+from cli.export.staging import move_into, write_errors, write_failure
 from cli.export.writing import LeftOut, Report
 from cli.export.written import FOLDER, Written
 from shared.result_rows import ResultRow
@@ -90,13 +90,14 @@ class SidecarWriter:
         known = self._written.enter([one.entry for one in self._waiting])
         ready = []
         for number, (one, digests) in enumerate(zip(self._waiting, known, strict=True)):
-            scratch = self._written.scratch / str(number)
+            scratch = f"{self._written.scratch}/{number}"
             with self._reported(one, is_entered=digests is not None):
                 there = self._judge(one, digests)
                 if there == one.digest:
                     self._note(one, "same", ours=one.digest in (digests or ()))
                     continue
-                scratch.write_bytes(one.text)
+                with open(scratch, "wb") as stream:
+                    stream.write(one.text)
                 ready.append((one, scratch, there))
         self._waiting.clear()
         self._sync()
@@ -109,12 +110,13 @@ class SidecarWriter:
     def _reported(self, one: _Sidecar, *, is_entered: bool) -> Iterator[None]:
         """Leave the row out if it cannot be written, and stop if nothing can."""
         try:
-            with write_errors(self._root / os.fsdecode(one.path)):
-                yield
+            yield
         except LeftOut as error:
             self._report.leave_out(one.row, error)
             if is_entered:
                 self._not_ours.append(one.entry)
+        except OSError as error:
+            raise write_failure(self._root / os.fsdecode(one.path), error) from error
 
     def _note(self, one: _Sidecar, fate: str, *, ours: bool) -> None:
         self.fates[fate] += 1
@@ -144,7 +146,7 @@ class SidecarWriter:
             f"{shown} was written or changed by somebody else; --overwrite replaces it",
         )
 
-    def _place(self, one: _Sidecar, scratch: Path, there: bytes | None) -> None:
+    def _place(self, one: _Sidecar, scratch: str, there: bytes | None) -> None:
         folder = self._folders.open(one.folders)
         shown = ascii(os.fsdecode(one.path))
         if there is not None and _digest_of(folder, one.name) != there:
@@ -215,8 +217,11 @@ def _digest_of(folder: int, name: bytes) -> bytes | None:
         if error.errno in {errno.ELOOP, errno.ENXIO, errno.EACCES}:
             return b""
         raise
-    with open(descriptor, "rb") as stream:
-        status = os.fstat(stream.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_OWN_BYTES:
             return b""
-        return hashlib.sha256(stream.read()).digest()
+        with open(descriptor, "rb", closefd=False) as stream:
+            return hashlib.sha256(stream.read()).digest()
+    finally:
+        os.close(descriptor)

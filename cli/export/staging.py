@@ -28,14 +28,14 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = (
-            "; nothing of it was kept: free some space and export again"
-            if error.errno in _FULL
-            else ""
-        )
-        raise click.ClickException(
-            f"cannot write {path}: {error.strerror or error}{advice}"
-        ) from error
+        raise write_failure(path, error) from error
+
+
+def write_failure(path: Path, error: OSError) -> click.ClickException:
+    """What to tell a person whose ``path`` cannot be written."""
+    is_full = error.errno in _FULL
+    advice = "; nothing under its name is half: free some space and export again" if is_full else ""
+    return click.ClickException(f"cannot write {path}: {error.strerror or error}{advice}")
 
 
 class Staging:
@@ -89,7 +89,7 @@ def refuse_existing(path: Path) -> None:
         raise click.ClickException(f"{path} exists; --overwrite replaces it")
 
 
-def move_into(source: Path, folder: int, name: str | bytes, *, overwrite: bool) -> None:
+def move_into(source: str | Path, folder: int, name: str | bytes, *, overwrite: bool) -> None:
     """Give a finished file its name in an open folder.
 
     Raises: FileExistsError unless it may ``overwrite``; OSError.
@@ -107,7 +107,7 @@ def move_into(source: Path, folder: int, name: str | bytes, *, overwrite: bool) 
         _copy_into(source, folder, name, overwrite=overwrite)
 
 
-def _copy_into(source: Path, folder: int, name: str | bytes, *, overwrite: bool) -> None:
+def _copy_into(source: str | Path, folder: int, name: str | bytes, *, overwrite: bool) -> None:
     """The same where the disk has no links, or is another one."""
     try:
         os.stat(name, dir_fd=folder, follow_symlinks=False)
