@@ -8,7 +8,7 @@ import click
 
 from shared.result_rows import ResultRow
 
-_GROUP_ROWS = 10_000
+_GROUP_ROWS = 5_000
 _NOT_FLAT = ("messages", "member")
 _NUMBERS = ("line", "prompt_tokens", "completion_tokens")
 
