@@ -142,3 +142,39 @@ def test_two_exports_to_one_name_do_not_mix(
     _, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert pq.read_metadata(target).num_rows == COUNT
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+_MEASURED = """
+import re, sys
+from pathlib import Path
+from cli.main import run
+status = run(sys.argv[1:])
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+sys.exit(status)
+"""
+"""Not by what the kernel tells of a child: that counts the parent that it was forked from."""
+
+
+@pytest.fixture(scope="module")
+def sizes(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
+    """Two batches, the second with four times the rows."""
+    image = tmp_path_factory.mktemp("images") / "1.jpg"
+    image.write_bytes(jpeg(1))
+    asked = [asking(f"{n}", str(image)) for n in range(24_000)]
+    return [answered(stores, asked[:6_000]), answered(stores, asked)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_does_not_grow_with_the_batch(
+    form: str, api: ApiServer, sizes: list[Batch], tmp_path: Path
+) -> None:
+    """Four times the rows, the same peak, within a few megabytes."""
+    peaks = []
+    for batch in sizes:
+        command = [sys.executable, "-c", _MEASURED, "batch", "export", batch.id, "--format", form]
+        command += ["-o", str(tmp_path / batch.id), "--url", f"http://127.0.0.1:{api.port}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 8_000, peaks
