@@ -1,6 +1,6 @@
 """Columns of Parquet and Arrow files, a few rows at a time, and single rows by number.
 
-The only module that imports pyarrow, which is the extra ``parquet``. Memory holds a few rows of
+Reads with pyarrow, which is the extra ``parquet``. Memory holds a few rows of
 Parquet, or is that of the file itself for Arrow, which is mapped.
 """
 
