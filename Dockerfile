@@ -3,7 +3,9 @@
 #   api         the HTTP API and the command line; no tensor library
 #   cpu         everything on one machine without a GPU, with the bundled tiny model
 #   inference   workers with the lmdeploy engine, for machines with NVIDIA GPUs
-#   training    fine-tuning's libraries, apart because they need another transformers than lmdeploy
+#   training    fine-tuning alone: xtuner needs another transformers than lmdeploy
+#   gpu         inference and training in one container, each in an environment of its own, so that
+#               engines can lend their GPUs to fine-tunes
 #
 #   docker build --target api -t vlmq-api:0.1.0 .
 #
@@ -107,9 +109,15 @@ CMD ["vlmq", "up"]
 FROM gpu-runtime AS training
 COPY --from=training-environment /opt/vlmq /opt/vlmq
 USER 10001:10001
-CMD ["vlmq", "--help"]
+ENV VLMQ_NODE__ROLES='["finetune"]'
+CMD ["vlmq", "worker", "--config", "/etc/vlmq/node.toml"]
 
 FROM gpu-runtime AS inference
 COPY --from=inference-environment /opt/vlmq /opt/vlmq
 USER 10001:10001
 CMD ["vlmq", "worker", "--config", "/etc/vlmq/node.toml"]
+
+FROM inference AS gpu
+# Found by its own pyvenv.cfg, an environment works wherever it is put when it is run as python -m.
+COPY --from=training-environment /opt/vlmq /opt/training
+ENV VLMQ_FINETUNE__PYTHON=/opt/training/bin/python

@@ -22,7 +22,7 @@ from openai.types.fine_tuning import FineTuningJob
 
 BASE = "tiny-untrained"
 SUFFIX = "scenes"
-SCENES = 2400
+SCENES = 4800
 EPOCHS = 10
 BATCH = 32
 LEARNING_RATE = 1.8e-3
@@ -45,28 +45,13 @@ def link_untrained(folder: Path, data_dir: Path) -> None:
 
 def write_data(folder: Path) -> tuple[bytes, bytes]:
     """Training rows as OpenAI chat JSONL, and their pictures as a tar archive."""
-    pictures = folder / "training"
-    arguments = ["--count", str(SCENES), "--split", "train"]
-    _run("workers.inference.tiny.scenes", str(pictures), *arguments)
-    captions = (pictures / "captions.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in captions]
+    lesson = folder / "lesson"
+    _run("workers.inference.tiny.lesson", str(lesson), "--count", str(SCENES))
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
-        for row in rows:
-            tar.add(pictures / row["image"], arcname=row["image"])
-    return "".join(map(_training_line, rows)).encode(), archive.getvalue()
-
-
-def _training_line(row: dict[str, str]) -> str:
-    asked = [
-        {"type": "image_url", "image_url": {"url": row["image"]}},
-        {"type": "text", "text": "Describe the image."},
-    ]
-    messages = [
-        {"role": "user", "content": asked},
-        {"role": "assistant", "content": row["caption"]},
-    ]
-    return json.dumps({"messages": messages}) + "\n"
+        for picture in sorted((lesson / "pictures").iterdir()):
+            tar.add(picture, arcname=picture.name)
+    return (lesson / "rows.jsonl").read_bytes(), archive.getvalue()
 
 
 def finetune(sdk: openai.OpenAI, folder: Path) -> FineTuningJob:

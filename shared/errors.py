@@ -451,6 +451,13 @@ class StorageFull(VlmqError):
     retryable = True
 
 
+class NotEnoughDisk(StorageFull):
+    """The disk cannot hold this fine-tune's checkpoints and model."""
+
+    code = "not_enough_disk"
+    retryable = False
+
+
 class StorageFailed(VlmqError):
     """The shared storage could not be read or written."""
 

@@ -68,9 +68,10 @@ def create(
     *,
     content: bytes | None = None,
     data: dict[str, Any] | None = None,
+    config: str | None = None,
     **recipe: Any,
 ) -> Finetune:
-    """A job of a few dozen steps; ``recipe`` and ``data`` say otherwise."""
+    """A job of a few dozen steps; ``recipe`` and ``data`` say otherwise, ``config`` is a file's."""
     file_id = upload(stores, rows() if content is None else content)
     return stores.finetunes.create(
         FinetuneSpec(
@@ -80,6 +81,7 @@ def create(
             created_at=unix_now(),
             seed=7,
             data=DataSource(training_file=file_id, **(data or {})),
+            config_file=None if config is None else upload(stores, config.encode(), "config.py"),
             recipe=Recipe(**{"n_epochs": 10, "batch_size": 4, "save_every": 10, **recipe}),
         )
     )
@@ -185,7 +187,12 @@ class Running:
 
 @contextlib.contextmanager
 def training_node(
-    *, roles: tuple[str, ...] = ("redis", "reaper", "finetune"), real: bool = False, **sections: Any
+    *,
+    roles: tuple[str, ...] = ("redis", "reaper", "finetune"),
+    models: tuple[dict[str, Any], ...] = (TINY,),
+    real: bool = False,
+    started: bool = True,
+    **sections: Any,
 ) -> Iterator[Running]:
     """A node with the tiny base linked, which trains with the stand-in unless ``real``.
 
@@ -193,7 +200,7 @@ def training_node(
     """
     finetune = {"stop_s": 20, **sections.pop("finetune", {})}
     with running_node(
-        models=(TINY,),
+        models=models,
         checkpoints={BASE: CHECKPOINT},
         start=False,
         queue=QUEUE,
@@ -208,7 +215,10 @@ def training_node(
             text["finetune"]["python"] = str(interpreter)
             node.config.write_text(json.dumps(text))
         running = Running(node, interpreter)
-        start(running)
+        if TINY not in models:
+            running.stores.models.link(BASE, CHECKPOINT, engine="transformers")
+        if started:
+            start(running)
         yield running
 
 

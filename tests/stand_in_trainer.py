@@ -95,16 +95,21 @@ class StandIn:
         return found.step + 1
 
     def _save(self, step: int) -> None:
+        if shutil.disk_usage(self._work).free < self._needed_bytes():
+            self._give_up("disk", step, TrainerExit.DISK_FULL)
         folder = self._work / checkpoint_name(step)
         folder.mkdir()
         try:
-            (folder / "weights").write_bytes(os.urandom(self._order.checkpoint_bytes % 5_000_000))
+            (folder / "weights").write_bytes(bytes(self._order.checkpoint_bytes))
             seal(folder, iteration=step, step=step, created_at=int(time.time()), loss=2 / step)
         except OSError:
             shutil.rmtree(folder)
             self._give_up("disk", step, TrainerExit.DISK_FULL)
         for old in checkpoints(self._work)[: -self._order.keep_checkpoints]:
             shutil.rmtree(old.path)
+
+    def _needed_bytes(self) -> int:
+        return self._order.checkpoint_bytes + self._order.min_free_bytes
 
     def _give_up(self, reason: Any, step: int, status: TrainerExit) -> NoReturn:
         write_order(self._work / VERDICT, Verdict(reason, f"at step {step} {reason}", step))

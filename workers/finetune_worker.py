@@ -17,6 +17,7 @@ from shared.errors import (
     EngineUnavailable,
     IllegalTransition,
     LeaseLost,
+    NotEnoughDisk,
     QueueUnavailable,
     StorageFailed,
     StorageFull,
@@ -31,7 +32,7 @@ from shared.stores import Stores
 from workers.finetune_report import tell_running
 from workers.keeper import until_answered
 from workers.training import registering
-from workers.training.attempt import Postponed
+from workers.training.attempt import DISK_RETRY_S, Postponed
 from workers.training.gpulocks import GpuLocks
 from workers.training.holding import Draining, Holding, StopWanted
 from workers.training.stages import Shop, Stages
@@ -41,9 +42,8 @@ log = get_logger(__name__)
 SPARE_THREADS = 4
 """Threads beside those that train: for looking at new jobs, and for comparing old ones."""
 _COMPARING = 2
-_DISK_RETRY_S = 60.0
 _TROUBLE_RETRY_S = 10.0
-_REDIS_RETRY_S = 0.5
+_ROOM_RETRY_S = 2.0
 
 
 def threads_of(settings: Settings) -> int:
@@ -139,16 +139,26 @@ class FinetuneWorker:
                     stages.run()
                 bound.info("finetune_done")
             except Exception as error:  # noqa: BLE001 - a bug must not stop the worker; it is capped
+                done_training()
                 self._settle(outcome, error)
 
     def _settle(self, outcome: _Outcome, error: Exception) -> None:
         """Say what became of the work; if nobody hears it, the lease expires by itself."""
-        try:
-            outcome.settle(error)
-        except (LeaseLost, QueueUnavailable, Draining):
-            log.warning("finetune_not_settled", job_id=outcome.job_id)
-        except VlmqError as untold:
-            log.error("finetune_not_settled", job_id=outcome.job_id, error=untold.message)  # noqa: TRY400
+        while True:
+            try:
+                outcome.settle(error)
+            except StorageFull as full:
+                # Nothing can be written down. It is kept in hand until there is room, for nobody
+                # else could go on with it either.
+                log.error("finetune_not_settled", job_id=outcome.job_id, error=full.message)  # noqa: TRY400
+                if self._draining.wait(_ROOM_RETRY_S) or outcome.lost():
+                    return
+                continue
+            except (LeaseLost, QueueUnavailable, Draining):
+                log.warning("finetune_not_settled", job_id=outcome.job_id)
+            except VlmqError as untold:
+                log.error("finetune_not_settled", job_id=outcome.job_id, error=untold.message)  # noqa: TRY400
+            return
 
     def _require_attempts_left(self, lease: FinetuneLease) -> None:
         """A job whose workers keep dying is given up, whatever it is that kills them."""
@@ -200,6 +210,16 @@ class _Outcome:
         """A checkpoint is converted and linked."""
         self._answered(lambda: self._store.finish_checkpoint(self._lease, model=model))
 
+    def lost(self) -> bool:
+        """Whether somebody else has the work by now."""
+        try:
+            self._holding.check_held()
+        except LeaseLost:
+            return True
+        except Draining:
+            return False
+        return False
+
     def settle(self, error: Exception) -> None:
         """Raises: LeaseLost, QueueUnavailable, StorageFull, StorageFailed."""
         bound = log.bind(job_id=self.job_id, kind=self._lease.kind)
@@ -217,9 +237,9 @@ class _Outcome:
                 )
             case ComparisonTimedOut():
                 self._pause(error)
-            case StorageFull() if self._lease.job.started_at is not None:
+            case StorageFull() if not isinstance(error, NotEnoughDisk):
                 bound.error("storage_full", error=error.message)
-                self._give_back(_DISK_RETRY_S, "space on the disk", message=error.message)
+                self._give_back(DISK_RETRY_S, "space on the disk", message=error.message)
             case StorageFailed() | QueueUnavailable() | EngineUnavailable():
                 bound.error("finetune_postponed", error=error.message)
                 self._give_back(_TROUBLE_RETRY_S, error.message)

@@ -21,6 +21,8 @@ from workers.training.gpulocks import free_file, lock_file
 log = get_logger(__name__)
 
 _MAX_HOLDER_BYTES = 256
+STOP_MARGIN_S = 10.0
+"""How much sooner than the borrower gives up waiting engines have to be done, to be gone by then."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Loan:
 
 
 class Lending:
-    """The loans there are. ``wait_s`` is how long engines may take to finish."""
+    """The loans there are. ``wait_s`` is how long the borrower waits for engines to be gone."""
 
     def __init__(self, run_dir: Path, *, wait_s: float) -> None:
         self._run_dir = run_dir
@@ -89,7 +91,8 @@ class Lending:
         known = self.loans.get(gpu)
         if known is not None and known.holder == holder:
             return known
-        return Loan(gpu, holder, time.monotonic() + self._wait_s)
+        give_s = max(0.0, self._wait_s - STOP_MARGIN_S)
+        return Loan(gpu, holder, time.monotonic() + give_s)
 
     def _say(self, path: Path, text: str | None) -> None:
         with storage_errors(path):

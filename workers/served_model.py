@@ -60,6 +60,8 @@ class Replica:
     record: ModelRecord
     child: Child | None = None
     was_ready: bool = False
+    leaving: bool = False
+    """Its GPU was lent."""
 
     @property
     def ready(self) -> bool:
@@ -433,20 +435,24 @@ class ServedModel:
         """Other replicas go on with the work of those that leave."""
         for replica in list(self.replicas):
             loan = self._loan(replica.seat)
-            if loan is None:
-                continue
-            if self._change is not None and replica in {self._change.old, self._change.fresh}:
-                self._change = None
-            if not replica.gone:
-                self._why = loan.reason
-                if replica.child is not None and replica.child.state is not State.STOPPING:
-                    self.around.say(f"  {self.name}/{replica.seat.number} leaves: {loan.reason}")
-                    self._part_with(replica)
-                continue
-            self._drop(replica)
-            # A successor that was on its way had no seat of its own.
-            if len(self.replicas) + len(self._away) < len(self.placement.seats):
-                self._away.append(replica.seat)
+            if loan is not None and not replica.leaving:
+                self._give(replica, loan)
+            # Also if its GPU was given back while it stopped: then it takes its seat again at once.
+            if replica.leaving and replica.gone:
+                self._drop(replica)
+                # A successor on its way has no seat of its own.
+                taken = len(self.replicas) + len(self._away) - len(self.extra)
+                if taken < len(self.placement.seats):
+                    self._away.append(replica.seat)
+
+    def _give(self, replica: Replica, loan: Loan) -> None:
+        if self._change is not None and replica in {self._change.old, self._change.fresh}:
+            self._change = None
+        replica.leaving = True
+        self._why = loan.reason
+        if not replica.gone:
+            self.around.say(f"  {self.name}/{replica.seat.number} leaves: {loan.reason}")
+            self._part_with(replica)
 
     def _take_seats(self) -> None:
         if self._change is not None:
@@ -475,7 +481,10 @@ class ServedModel:
             return
         if self.latest == self._refused:
             return
-        outdated = [replica for replica in self.replicas if replica.record != self.latest]
+        staying = [replica for replica in self.replicas if not replica.leaving]
+        outdated = [replica for replica in staying if replica.record != self.latest]
+        if not staying:
+            return
         if not outdated:
             self._good, self.trouble, self._refused = self.latest, "", None
             return
@@ -483,7 +492,7 @@ class ServedModel:
         old = min(outdated, key=lambda replica: replica.ready)
         if old.loading:
             return
-        others_ready = any(replica.ready for replica in self.replicas if replica is not old)
+        others_ready = any(replica.ready for replica in staying if replica is not old)
         successor = Seat(self._free_number(), old.seat.gpus, old.seat.share)
         if old.ready and not others_ready and not self.around.has_room(successor):
             self._swap()

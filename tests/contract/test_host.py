@@ -15,6 +15,7 @@ from shared.errors import (
     EngineBusy,
     EngineError,
     EngineUnavailable,
+    GpuLent,
     ImagesCutOtherwise,
     RequestAborted,
     RequestTimedOut,
@@ -35,6 +36,7 @@ from workers.inference.engines.base import (
 )
 from workers.inference.engines.client import EngineClient
 from workers.inference.engines.flight import Flight
+from workers.inference.engines.standby import Standby
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -344,6 +346,16 @@ def test_a_handle_aborts_its_stream(run_dir: Path, start_host: StartHost) -> Non
     assert client.complete(ask("free again"), timeout_s=PATIENCE_S).text == "free again"
     client.close()
     assert len(stream.ends) == 1
+
+
+def test_a_stream_is_told_at_once_when_the_gpu_is_lent(run_dir: Path) -> None:
+    """It need not wait as for a model that is being loaded, and the reason is passed on."""
+    Standby(run_dir, MODEL).begin("GPU 0 is lent to fine-tune ftjob-1")
+    client = EngineClient(run_dir, MODEL, wait_s=3600, standby_wait_s=3600)
+    error = Stream(client, "anyone?").result()
+    assert isinstance(error, GpuLent)
+    assert error.message == "GPU 0 is lent to fine-tune ftjob-1; try again in a while"
+    client.close()
 
 
 def test_complete_gives_up_after_its_time(run_dir: Path, start_host: StartHost) -> None:

@@ -90,7 +90,7 @@ def test_a_job_is_looked_at_and_trained(running: Running) -> None:
 
 def test_two_jobs_train_at_once_and_a_third_is_looked_at_meanwhile(running: Running) -> None:
     """Given room for two, when three are there, then the third's data is checked all the same."""
-    jobs = [create(running.stores, **LONG) for _ in range(3)]
+    jobs = [create(running.stores, **length) for length in (LONGER, LONGER, LONG)]
     third = running.wait(
         jobs[2].id, lambda now: now.state is FinetuneState.QUEUED and bool(now.data_report), "it"
     )
@@ -98,8 +98,8 @@ def test_two_jobs_train_at_once_and_a_third_is_looked_at_meanwhile(running: Runn
     running.wait_step(jobs[1].id, 1)
     assert running.trainer_pid(jobs[0].id) != running.trainer_pid(jobs[1].id)
     assert running.get(third.id).progress.step == 0
-    for job in jobs:
-        finished(running, job, STEPS)
+    for job, steps in zip(jobs, (3 * STEPS, 3 * STEPS, STEPS), strict=True):
+        finished(running, job, steps)
 
 
 def test_a_paused_job_gives_its_place_away_and_loses_no_step(running: Running) -> None:

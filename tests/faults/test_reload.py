@@ -160,6 +160,21 @@ def test_an_engine_that_hangs_is_killed_and_started_again() -> None:
         assert ask(node, "echo") == "are you there"
 
 
+def test_an_engine_that_never_loads_is_killed_and_tried_again() -> None:
+    """Given a load that hangs, then it is condemned, and its model is not given up."""
+    node_settings = {**NODE, "load_limit_s": 1}
+    hanging = model(options={"setup_delay_s": 3600}, load="on_demand", gpus=["0"])
+    with running_node(models=(hanging,), node=node_settings, start=False) as node:
+        node.launch()
+        wait_for(
+            lambda: story(node).count("hung: it was not loaded after 1 s") >= 2,
+            "two verdicts",
+            LIMIT_S,
+            node.story,
+        )
+        wait_for(lambda: "could not be loaded" in story(node), "the reason", LIMIT_S, node.story)
+
+
 def test_an_engine_that_hangs_while_it_is_replaced_does_not_stop_that() -> None:
     """Given a stopped engine process, when it is to make room for its successor, then it does."""
     node_settings = {**NODE, "engine_silence_s": 3}

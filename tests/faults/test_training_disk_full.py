@@ -10,6 +10,7 @@ import pytest
 from tests.faults.test_storage_full import small_disk
 from tests.training_runs import Site, run_module
 from workers.training.orders import TrainerExit, read_verdict, write_order
+from workers.training.saved import checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
@@ -29,3 +30,20 @@ def test_half_a_checkpoint_is_taken_away_again(tmp_path: Path) -> None:
     assert verdict is not None
     assert verdict.reason == "disk"
     assert "iter_2.pth could not be written: 0 MiB are free" in verdict.message
+
+
+def test_an_old_checkpoint_goes_only_after_a_new_one_is_whole(tmp_path: Path) -> None:
+    """xtuner deletes first: where the new one then cannot be written, one less is left."""
+    site = Site(tmp_path / "site")
+    run = site.run({"save_every": 2, "keep_checkpoints": 2})
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with small_disk(disk, 18):
+        write_order(run.path, msgspec.structs.replace(run.order, work_dir=str(disk / "work")))
+        finished = run_module("workers.training.trainer", run.path)
+        assert finished.status == TrainerExit.DISK_FULL, finished.output[-3000:]
+        assert [saved.step for saved in checkpoints(disk / "work")] == [2, 4]
+        verdict = read_verdict(disk / "work")
+    assert verdict is not None
+    assert verdict.checkpoint is not None
+    assert verdict.checkpoint.endswith("iter_4.pth")

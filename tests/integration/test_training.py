@@ -224,6 +224,28 @@ def test_a_base_with_code_passes_it_on(site: Site, straight: Run, tmp_path: Path
     assert load(out, trust_remote_code=True, device=torch.device("cpu"), dtype=None).ends
 
 
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
+def test_lora_on_both_towers_is_learnt_and_merged(tmp_path: Path, deepspeed: str) -> None:
+    site = Site(tmp_path / "site", rows=16)
+    recipe = {"lora_targets": ["llm", "vit"], "lora_rank": 8, "deepspeed": deepspeed}
+    run = site.run({**recipe, "gradient_checkpointing": deepspeed == "zero1"})
+    assert run.run().status == TrainerExit.TRAINED
+    losses = list(run.losses().values())
+    assert losses[0] is not None
+    assert losses[-1] is not None
+    assert losses[-1] < losses[0] / 1.5
+    finished = site.convert(run, run.checkpoints()[-1].path, tmp_path / "model")
+    assert finished.status == 0, finished.output[-3000:]
+    before, after = (
+        weights(load(folder, trust_remote_code=False, device=torch.device("cpu"), dtype=None))
+        for folder in (CHECKPOINT, tmp_path / "model")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "attention.wqkv", "mlp1.1"):
+        assert any(f"{layer}.weight" in name for name in changed), layer
+    assert not any("output" in name or "norm" in name for name in changed)
+
+
 def test_half_a_checkpoint_is_not_converted(site: Site, straight: Run, tmp_path: Path) -> None:
     half = tmp_path / "iter_24.pth"
     shutil.copytree(straight.checkpoints()[-1].path, half)

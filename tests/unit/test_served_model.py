@@ -219,7 +219,7 @@ STEPS = st.lists(
 
 
 @given(steps=STEPS, room=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_whatever_happens_lent_gpus_are_left_and_all_replicas_come_back(
     steps: list[str], room: bool
 ) -> None:

@@ -199,6 +199,15 @@ def test_what_cannot_be_is_refused_by_name(
     assert field in caught.value.message
 
 
+def test_zero3_keeps_the_activations_of_a_base_without_code() -> None:
+    plain = msgspec.structs.replace(internvl2_2b(), has_code=False)
+    small = msgspec.structs.replace(H200, memory_bytes=20 * GIB)
+    assert resolved(base=plain, hardware=small).gradient_checkpointing
+    assert not resolved(base=plain, hardware=small, deepspeed="zero3").gradient_checkpointing
+    with pytest.raises(InvalidRequest, match="gradient_checkpointing"):
+        resolved(base=plain, deepspeed="zero3", gradient_checkpointing=True)
+
+
 def test_fewer_rows_than_gpus_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="too few"):
         resolved(rows=1, hardware=msgspec.structs.replace(H200, gpus=2))

@@ -6,6 +6,7 @@ be away meanwhile: what could not be told is told later, and training goes on.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from shared.finetune_folder import FinetuneFolder
 from shared.finetune_store import STEP_SECONDS, FinetuneLease, FinetuneStore, NewEvent
 from shared.finetunes import Progress
 from shared.log import get_logger
+from shared.settings import MIB
 from workers.keeper import until_answered
 from workers.logfiles import tail
 from workers.training.holding import Draining, Holding, StopWanted
@@ -39,7 +41,7 @@ POLL_S = 0.1
 TELL_S = 1.0
 """How often progress is read and told."""
 QUOTED_LINES = 8
-DISK_RETRY_S = 60.0
+DISK_RETRY_S = 20.0
 
 
 class Postponed(VlmqError):
@@ -117,8 +119,7 @@ class Attempt:
         ending = process.status()
         if isinstance(stopped, LeaseLost):
             raise stopped
-        self._look()
-        until_answered(self._send, self._holding.check_held)
+        self._tell_the_rest()
         return self._judge(ending, stopped)
 
     def _watch(self, process: TrainingProcess) -> VlmqError | None:
@@ -156,6 +157,15 @@ class Attempt:
         except QueueUnavailable:
             log.info("progress_untold", job_id=self._lease.job_id, metrics=len(self._untold))
         except (StorageFull, StorageFailed) as error:
+            log.warning("progress_untold", job_id=self._lease.job_id, error=error.message)
+
+    def _tell_the_rest(self) -> None:
+        """Tell the last of it, however long Redis is away. Raises: LeaseLost, Draining."""
+        self._look()
+        try:
+            until_answered(self._send, self._holding.check_held)
+        except (StorageFull, StorageFailed) as error:
+            # The next attempt finds it in the files.
             log.warning("progress_untold", job_id=self._lease.job_id, error=error.message)
 
     def _look(self) -> None:
@@ -232,6 +242,8 @@ class Attempt:
         broken = self._why_broken()
         if broken is not None:
             return broken
+        if shutil.disk_usage(self._work).free < (last.size_bytes if last else MIB):
+            return self._full_disk(last)  # so full that the trainer could not even say so
         words = f"training died ({ending.words})"
         if ending.status == TrainerExit.TRAINED:
             words = "training ended before its last step"
@@ -245,7 +257,7 @@ class Attempt:
             "a worker, after a crash",
             delay_s=min(30.0, 2.0**self._attempts),
             counts=True,
-            message=f"{words.capitalize()}; {_goes_on(last)}. The end of its log:\n{quoted}",
+            message=f"{words[0].upper()}{words[1:]}; {_goes_on(last)}. The end of its log:\n{quoted}",
         )
 
 

@@ -261,7 +261,7 @@ def _memory(
     per_process: int,
 ) -> tuple[bool, int]:
     """Whether to checkpoint gradients, and the most samples per iteration that then fit."""
-    asked = recipe.gradient_checkpointing
+    asked = False if _is_kept_whole(recipe, base) else recipe.gradient_checkpointing
     for checkpointing in (False, True) if asked is None else (asked,):
         most = most_samples(
             recipe, base, hardware.memory_bytes, hardware.gpus, trained, tokens,
@@ -273,6 +273,11 @@ def _memory(
         # The estimate is a cautious one, so it does not keep anybody from trying.
         return True, 1
     return asked, 1
+
+
+def _is_kept_whole(recipe: Recipe, base: BaseFacts) -> bool:
+    """This project's own network checkpoints gradients in torch's newer way, which zero3 breaks."""
+    return recipe.deepspeed.startswith("zero3") and not base.has_code
 
 
 def _workers(hardware: Hardware, processes: int) -> int:
@@ -310,6 +315,8 @@ def _check(recipe: Recipe, rows: int, base: BaseFacts, hardware: Hardware) -> No
         _refuse("warmup_ratio", f"must be at least 0 and below 1, not {recipe.warmup_ratio}")
     if recipe.max_length > base.context:
         _refuse("max_length", f"{recipe.max_length} is beyond the model's {base.context} tokens")
+    if recipe.gradient_checkpointing and _is_kept_whole(recipe, base):
+        _refuse("gradient_checkpointing", "does not go with zero3 for this model; use zero2")
     if recipe.method == "qlora":
         if not hardware.gpus:
             _refuse("method", "qlora needs a GPU; use lora here")

@@ -62,25 +62,49 @@ def convert(job: ConvertJob) -> None:
 
 
 def save_merged(job: ConvertJob, out: Path) -> None:
-    """Write the weights, LoRA merged into them, as xtuner's ``convert_to_official`` does."""
+    """Write the weights, LoRA merged into them.
+
+    As xtuner's ``convert_to_official`` does, but for the numbers: that rounds what was learnt to
+    float16 first, and to bfloat16 before it is merged. Here it is rounded once, at the end.
+
+    Raises: CheckpointInvalid for a checkpoint of another configuration.
+    """
     import torch
     from mmengine.config import Config
     from xtuner.model.utils import LoadWoInit
     from xtuner.registry import BUILDER
 
     config = Config.fromfile(job.config)
-    config.model.pretrained_pth = job.checkpoint
     config.model.quantization_vit = False
     config.model.quantization_llm = False
     with LoadWoInit():
         wrapper: Any = BUILDER.build(config.model)
-    wrapper.to(dtype_of(Path(job.base)) or torch.bfloat16)
+    load_trained(wrapper, Path(job.checkpoint))
     model = wrapper.model
     if wrapper.use_visual_encoder_lora:
         model.vision_model = model.vision_model.merge_and_unload()
     if wrapper.use_llm_lora:
         model.language_model = model.language_model.merge_and_unload()
+    wrapper.to(dtype_of(Path(job.base)) or torch.bfloat16)
     model.save_pretrained(out, safe_serialization=True)
+
+
+def load_trained(wrapper: Any, checkpoint: Path) -> None:
+    """Put what was learnt, in float32, where it belongs. Raises: CheckpointInvalid."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    learnt = get_fp32_state_dict_from_zero_checkpoint(
+        str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
+    )
+    unknown = wrapper.load_state_dict(learnt, strict=False).unexpected_keys
+    lacking = {
+        name for name, parameter in wrapper.named_parameters() if parameter.requires_grad
+    } - learnt.keys()
+    if unknown or lacking:
+        raise CheckpointInvalid(
+            f"{checkpoint} was not trained with this configuration: it has {len(unknown)} unknown "
+            f"tensors and lacks {len(lacking)}, such as {min([*unknown, *lacking])}"
+        )
 
 
 def dtype_of(base: Path) -> Any:

@@ -13,7 +13,9 @@ from shared.errors import (
     BaseModelGone,
     CheckpointInvalid,
     ModelNotFound,
+    NotEnoughDisk,
     NotFound,
+    StorageFull,
     TrainingConfigInvalid,
     TrainingDataGone,
 )
@@ -109,15 +111,18 @@ def look_at_hardware(gpus: Sequence[str], folder: JobFolder, min_free_bytes: int
 
 
 def resolve_job(spec: FinetuneSpec, report: DataReport, base: Base, hardware: Hardware) -> Resolved:
-    """The recipe with nothing left to choose. Raises: InvalidRequest, StorageFull."""
-    return resolve(
-        spec.recipe,
-        rows=report.train,
-        longest_tokens=report.tokens.max or None,
-        seed=spec.seed,
-        base=base.facts,
-        hardware=hardware,
-    )
+    """The recipe with nothing left to choose. Raises: InvalidRequest, NotEnoughDisk."""
+    try:
+        return resolve(
+            spec.recipe,
+            rows=report.train,
+            longest_tokens=report.tokens.max or None,
+            seed=spec.seed,
+            base=base.facts,
+            hardware=hardware,
+        )
+    except StorageFull as error:
+        raise NotEnoughDisk(error.message) from None
 
 
 def model_path(base: Base, folder: JobFolder) -> Path:

@@ -19,8 +19,8 @@ import msgspec
 from shared.errors import (
     ConversionFailed,
     InvalidValue,
+    NotEnoughDisk,
     QueueUnavailable,
-    StorageFull,
     TrainingConfigInvalid,
     TrainingDataGone,
     VlmqError,
@@ -32,6 +32,7 @@ from shared.stores import Stores
 from workers.keeper import until_answered
 from workers.training import provenance, registering
 from workers.training.attempt import (
+    DISK_RETRY_S,
     Attempt,
     AttemptLimits,
     Postponed,
@@ -65,7 +66,7 @@ from workers.training.process import SUPERVISOR_GRACE_S, Ending, TrainingProcess
 from workers.training.saved import SavedCheckpoint, checkpoint_at
 
 GPU_RETRY_S = 5.0
-DISK_RETRY_S = 60.0
+ENGINES_RETRY_S = 60.0
 _POLL_S = 0.1
 _CONFIG_TRY_S = 120.0
 
@@ -235,7 +236,7 @@ class Stages:
             lent.close()
             raise Postponed(
                 f"engines that did not leave GPU {', '.join(left)} within finetune.lend_wait_s",
-                delay_s=DISK_RETRY_S,
+                delay_s=ENGINES_RETRY_S,
             )
         return lent
 
@@ -298,12 +299,10 @@ class Stages:
         hardware = look_at_hardware(lent.gpus, self._folder, min_free)
         try:
             return resolve_job(self._spec, report, base, hardware)
-        except StorageFull as error:
+        except NotEnoughDisk as error:
             if resume is None:
                 raise  # nothing is lost yet, and to wait would hide it
-            raise Postponed(
-                "space on the disk of its checkpoints", delay_s=DISK_RETRY_S, message=error.message
-            ) from None
+            raise Postponed(error.message, delay_s=DISK_RETRY_S) from None
 
     def _why_broken(self) -> VlmqError | None:
         """What was taken away from under the trainer, if that explains its death."""

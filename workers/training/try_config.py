@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from workers.training import surroundings
 
@@ -18,6 +20,17 @@ def main(path: Path) -> None:
     missing = [name for name in ("model", "train_dataloader", "train_cfg") if name not in config]
     if missing:
         raise SystemExit(f"it sets no {' and no '.join(missing)}, so it is none of xtuner's")
+    _visit({name: config[name] for name in config})
+
+
+def _visit(value: Any) -> None:
+    """Look at everything: what a configuration imports is imported only when it is looked at."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            _visit(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _visit(item)
 
 
 if __name__ == "__main__":
