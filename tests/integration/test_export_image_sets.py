@@ -16,16 +16,25 @@ import pytest
 import webdataset as wds
 
 from shared.captions import CaptionSource, ImagePlace
+from shared.errors import EngineError
 from shared.jobs import Batch
 from shared.settings import with_overrides
 from shared.stores import Stores
 from tests.conftest import connected
 from tests.datasets import jpeg, prepared
-from tests.exports import OWNER, Exporter, caption, json_lines, worked_off
+from tests.exports import (
+    OWNER,
+    Answers,
+    Exporter,
+    answer_chunk,
+    caption,
+    json_lines,
+    worked_off,
+)
 from tests.faults.batches import ENDPOINT
 from tests.image_sets import tar, write, zipped
 from tests.integration.api_server import ApiServer, running_api
-from tests.stored_batches import link_model, now, run_control
+from tests.stored_batches import LANE, link_model, now, run_control
 
 COUNT = 9
 MEMBERS = [(f"{n // 4}/{n}.jpg", jpeg(n)) for n in range(COUNT)]
@@ -61,8 +70,15 @@ def export(api: ApiServer) -> Exporter:
     return Exporter(f"http://127.0.0.1:{api.port}")
 
 
-def captioned(stores: Stores, *places: ImagePlace, **asked: Any) -> Batch:
+def captioned(
+    stores: Stores, *places: ImagePlace, answers: Answers = caption, **asked: Any
+) -> Batch:
     """A caption job over these places that has ended."""
+    return worked_off(stores, listed(stores, *places, **asked), answers)
+
+
+def listed(stores: Stores, *places: ImagePlace, **asked: Any) -> Batch:
+    """A caption job over these places whose chunks may be claimed."""
     link_model(stores)
     if "template" not in asked:
         asked.setdefault("prompt", PROMPT)
@@ -75,7 +91,7 @@ def captioned(stores: Stores, *places: ImagePlace, **asked: Any) -> Batch:
     )
     run_control(stores)
     assert now(stores, batch).total > 0, now(stores, batch)
-    return worked_off(stores, batch)
+    return now(stores, batch)
 
 
 def at(path: Path, **more: Any) -> ImagePlace:
@@ -275,3 +291,32 @@ def test_hostile_names_of_files_go_round(
     assert named == [name for name in order if b"\xff" not in name]
     assert export(batch, "parquet", tmp_path / "p") == 0
     assert r"invalid \xff\xfe.jpg" in pq.read_table(tmp_path / "p")["custom_id"].to_pylist()
+
+
+def test_what_was_captioned_at_the_second_try_joins_the_first(
+    stores: Stores, root: Path, export: Exporter
+) -> None:
+    """A retry is a batch of its own; its sidecars complete those of the batch before."""
+    folder = folder_of(root / "again")
+    batch = captioned(stores, at(folder), answers=lambda n: EngineError() if n % 2 else caption(n))
+    assert export(batch, "txt", folder) == 0
+    assert len(list(folder.rglob("*.txt"))) == COUNT // 2
+    retry = stores.retries.create(OWNER, batch.id)
+    run_control(stores)
+    assert export(worked_off(stores, retry), "txt", folder) == 0
+    assert len(list(folder.rglob("*.txt"))) == COUNT
+
+
+def test_a_set_that_is_still_worked_on_is_exported_in_part(
+    stores: Stores, root: Path, export: Exporter, tmp_path: Path
+) -> None:
+    """Its first chunk is done; the rows are those of the first images."""
+    batch = listed(stores, at(tar(root / "running.tar", MEMBERS)), prompt=PROMPT)
+    lease = stores.leases.claim(LANE, "w")
+    assert lease is not None
+    answer_chunk(stores, lease)
+    assert export(batch, "webdataset", tmp_path / "out.tar", "--partial") == 0
+    assert [sample["jpg"] for sample in samples(tmp_path / "out.tar")] == [
+        data for _, data in MEMBERS[:4]
+    ]
+    worked_off(stores, batch)

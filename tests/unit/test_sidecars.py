@@ -18,6 +18,7 @@ from cli.export.sidecars import SidecarWriter
 from cli.export.writing import LeftOut, Report
 from cli.export.written import FOLDER
 from shared.result_rows import ResultRow
+from tests.faults.test_storage_full import small_disk
 
 
 def row(line: int, name: str | None, text: str = "", *, image: str | None = None) -> ResultRow:
@@ -266,8 +267,6 @@ def test_kill_9_leaves_whole_files_and_the_next_export_knows_them(
 
 def test_a_full_disk_stops_it_and_what_is_written_is_whole(tmp_path: Path) -> None:
     """With room it goes on."""
-    from tests.faults.test_storage_full import small_disk
-
     root = tmp_path / "small"
     root.mkdir()
     rows = [row(n, f"{n}.jpg", f"{n} " + "x" * 3_000) for n in range(1_500)]
@@ -280,3 +279,16 @@ def test_a_full_disk_stops_it_and_what_is_written_is_whole(tmp_path: Path) -> No
         fates, left_out = write(root, rows)
         assert left_out == {}
         assert fates == {"same": len(found), "new": len(rows) - len(found)}
+
+
+def test_a_folder_on_another_disk_is_written_to(tmp_path: Path) -> None:
+    """Where no file can be moved to from the record's own disk; unasked nothing is replaced there."""
+    mounted = tmp_path / "sub"
+    mounted.mkdir()
+    with small_disk(mounted, 4):
+        (mounted / "mine.txt").write_text("mine")
+        rows = [row(1, "sub/a.jpg"), row(2, "sub/b/c.jpg"), row(3, "sub/mine.jpg")]
+        assert write(tmp_path, rows) == ({"new": 2}, {"not_overwritten": 1})
+        again = [row(1, "sub/a.jpg", "better"), *rows[1:]]
+        assert write(tmp_path, again) == ({"replaced": 1, "same": 1}, {"not_overwritten": 1})
+        assert texts(mounted) == {"a.txt": "better", "b/c.txt": "caption 2", "mine.txt": "mine"}
