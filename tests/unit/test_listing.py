@@ -153,6 +153,38 @@ def test_links_lead_neither_around_nor_out(root: Path, find: Entries, tmp_path: 
         assert refused.value.code == code
 
 
+def test_a_folder_that_is_moved_away_is_not_read(root: Path, find: Entries, tmp_path: Path) -> None:
+    """Not even while it is held open; one in its place is."""
+    for number in range(3):
+        write(root / "set" / f"{number}.jpg", jpeg(number))
+    first, second, third = find(source(root / "set"))
+    images = reader(root)
+    assert images.load(first.entry, first.place) == jpeg(0)
+    (root / "set").rename(tmp_path / "moved")
+    for item in (second, third):
+        with pytest.raises(ImageError) as refused:
+            images.load(item.entry, item.place)
+        assert refused.value.code == "image_forbidden"
+    (root / "set").mkdir()
+    (tmp_path / "moved" / "2.jpg").rename(root / "set" / "2.jpg")
+    assert images.load(third.entry, third.place) == jpeg(2)
+    images.close()
+
+
+def test_a_file_that_becomes_a_link_is_not_followed(
+    root: Path, find: Entries, tmp_path: Path
+) -> None:
+    """Wherever it leads."""
+    path = write(root / "set" / "1.jpg", jpeg())
+    [found] = find(source(root / "set"))
+    secret = write(tmp_path / "secret.jpg", jpeg())
+    path.unlink()
+    path.symlink_to(secret)
+    with pytest.raises(ImageError) as refused:
+        reader(root).load(found.entry, found.place)
+    assert refused.value.code == "image_forbidden"
+
+
 def test_a_folder_that_vanishes_while_it_is_listed_is_told(root: Path, find: Entries) -> None:
     """The others are listed."""
     for name in ("a/1.jpg", "b/2.jpg", "c/3.jpg"):
