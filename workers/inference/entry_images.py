@@ -10,6 +10,7 @@ import json
 import os
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from shared.captions import MAX_TEXT, Entry, Place, unescape_name
@@ -55,10 +56,12 @@ class EntryImages:
         self._load_url = load_url
         self._opened: dict[Place, int] = {}
         self._rows: TableRows | None = None
+        self._folder: tuple[str, int] | None = None
 
     def close(self) -> None:
-        """Close the archives that are still open."""
+        """Close the archives, and the folder, that are still open."""
         self._rows = None
+        self._close_folder()
         while self._opened:
             os.close(self._opened.popitem()[1])
 
@@ -93,7 +96,27 @@ class EntryImages:
 
     def _load_file(self, entry: Entry, place: Place) -> bytes:
         path = path_of(entry, place)
-        return self._load_url(path) if is_url(path) else self._roots.read(path, _seen(entry))
+        if is_url(path):
+            return self._load_url(path)
+        seen = _seen(entry)
+        if seen is not None:
+            with suppress(ImageNotFound):  # the folder may be another by now; its path tells
+                return self._roots.read_in(*self._inside(path), path, seen)
+        return self._roots.read(path, seen)
+
+    def _inside(self, path: str) -> tuple[int, str]:
+        """The open folder that holds a file, and the file's name; the last folder stays open."""
+        folder, name = posixpath.split(path)
+        if self._folder is None or self._folder[0] != folder:
+            self._close_folder()
+            with self._roots.opened(folder) as descriptor:
+                self._folder = (folder, os.dup(descriptor))
+        return self._folder[1], name
+
+    def _close_folder(self) -> None:
+        if self._folder is not None:
+            os.close(self._folder[1])
+        self._folder = None
 
     def _load_member(
         self, place: Place, offset: int, size: int, stored: int | None, name: str

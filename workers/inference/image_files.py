@@ -70,6 +70,19 @@ class ImageRoots:
                 seen.check(descriptor, path)
             return _read_regular(descriptor, path, self._max_bytes)
 
+    def read_in(self, folder: int, name: str, path: str, seen: Seen) -> bytes:
+        """The bytes of the file ``name`` in an open folder, which is no link; ``path`` is all of it.
+
+        Quicker than ``read`` for many files of one folder. Raises: as ``read``.
+        """
+        descriptor = _open(name, path, os.O_NOFOLLOW, folder)
+        try:
+            self._require_inside(descriptor, path)
+            seen.check(descriptor, path)
+            return _read_regular(descriptor, path, self._max_bytes)
+        finally:
+            os.close(descriptor)
+
     @contextmanager
     def opened(self, path: str) -> Iterator[int]:
         """The file at this absolute path, open to be read. Raises: as ``read``."""
@@ -103,12 +116,15 @@ class ImageRoots:
         # A link put in place of the file after it was resolved must not be followed.
         descriptor = _open(self.resolve(path), path, os.O_NOFOLLOW)
         try:
-            if not self._holds(os.readlink(f"/proc/self/fd/{descriptor}")):
-                raise self._outside(path)
+            self._require_inside(descriptor, path)
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
+
+    def _require_inside(self, descriptor: int, path: str) -> None:
+        if not self._holds(os.readlink(f"/proc/self/fd/{descriptor}")):
+            raise self._outside(path)
 
     def _holds(self, real: str) -> bool:
         return any(
@@ -135,11 +151,11 @@ def read_file(path: Path, name: str, max_bytes: int) -> bytes:
         os.close(descriptor)
 
 
-def _open(path: str, name: str, flags: int = 0) -> int:
+def _open(path: str, name: str, flags: int = 0, folder: int | None = None) -> int:
     # Without O_NONBLOCK the open of a named pipe would wait for a writer for ever.
     flags |= os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        return os.open(path, flags)
+        return os.open(path, flags, dir_fd=folder)
     except OSError as error:
         if error.errno in MISSING:
             raise ImageNotFound(f"there is no image at {shown(name)}") from None
