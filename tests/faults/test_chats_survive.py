@@ -113,9 +113,9 @@ def opened(node: RunningNode, texts: list[str], *, begun: bool) -> list[Stream]:
     """Streams that all run in the engine, with a word read or with none."""
     streams = [Stream(node, text) for text in texts]
     if begun:
-        assert all(stream.begun.wait(20) for stream in streams)
+        assert all(stream.begun.wait(60) for stream in streams)
     else:
-        wait_for(lambda: running(node) == len(texts), "all streams to run", 20)
+        wait_for(lambda: running(node) == len(texts), "all streams to run", 60)
     return streams
 
 

@@ -123,6 +123,7 @@ def test_a_model_that_never_loaded_is_mended_by_linking_it_anew(tmp_path: Path) 
         wait_for(lambda: "engine echo/0 failed" in story(node), "the failure", LIMIT_S)
         node.stores.models.link("echo", None, engine="echo", replace=True)
         wait_for(lambda: states(node, "echo") == ["ready"], "the mended model", LIMIT_S)
+        wait_for(node.is_up, "the API", LIMIT_S)
         assert ask(node, "echo") == "are you there"
 
 
