@@ -42,6 +42,8 @@ log = get_logger(__name__)
 
 _WINDOW_UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 _COMMIT = struct.Struct("<I")
+COUNT = "count:"
+"""What the fields of a batch's record begin with that count by reason (:mod:`shared.tally`)."""
 
 
 def window_s(text: str) -> int:
@@ -217,6 +219,8 @@ class BatchStore:
             plan.chunks,
             plan.total,
             int(plan.complete),
+            "" if plan.seen is None else plan.seen,
+            "" if plan.seen is None else int(plan.seen_all),
             *problems_of(plan),
         )
         if done:
@@ -254,6 +258,8 @@ class BatchStore:
             header.prompt_tokens,
             header.completion_tokens,
             header.images,
+            msgspec.json.encode(header.counts),
+            header.output_bytes,
             *(msgspec.json.encode(problem) for problem in problems),
         )
         if done is None:
@@ -355,6 +361,9 @@ class BatchStore:
 def _decode(fields: dict[bytes, bytes], problems: Sequence[bytes]) -> Batch:
     texts = {name.decode(): value.decode() for name, value in fields.items() if value != b""}
     spec = msgspec.json.decode(texts["spec"], type=dict)
-    known = {name: texts[name] for name in texts if name in Batch.__struct_fields__}
-    known["problems"] = [msgspec.json.decode(problem) for problem in problems]  # type: ignore[assignment]
+    known: dict[str, Any] = {name: texts[name] for name in texts if name in Batch.__struct_fields__}
+    known["problems"] = [msgspec.json.decode(problem) for problem in problems]
+    known["counts"] = {
+        name.removeprefix(COUNT): by for name, by in texts.items() if name.startswith(COUNT)
+    }
     return msgspec.convert({**known, **spec}, Batch, strict=False)

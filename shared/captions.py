@@ -14,6 +14,7 @@ import msgspec
 
 from shared.chat import ChatRequest, GenerationParameters, ImagePart, ImageUrl, Message, TextPart
 from shared.errors import InvalidValue, TextMissing, VlmqError, from_code
+from shared.quality import QualityGate
 
 PlaceType = Literal["folder", "glob", "list", "tar", "zip", "table", "image"]
 
@@ -25,6 +26,8 @@ NOT_FROM_CAPTIONS = (
 )
 """What is said to somebody who would fine-tune on a caption job as it is."""
 MAX_PLACES = 1000
+MAX_SAMPLE = 64
+"""Images of a pre-flight."""
 MAX_TEXT = 100_000
 """Characters of a prompt or template, and of each text that is put into one."""
 
@@ -43,6 +46,13 @@ class ImagePlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     name_column: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
 
 
+class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Only so many images of the set, chosen by ``seed``: a pre-flight."""
+
+    images: Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLE)] = MAX_SAMPLE
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+
+
 class CaptionSource(GenerationParameters, frozen=True, forbid_unknown_fields=False, kw_only=True):
     """An image set, and what is asked about each image of it.
 
@@ -55,6 +65,8 @@ class CaptionSource(GenerationParameters, frozen=True, forbid_unknown_fields=Fal
     template: str | None = None
     system: str | None = None
     detail: Literal["auto", "low", "high"] = "auto"
+    quality: QualityGate | None = None
+    sample: Sample | None = None
 
     @property
     def file_ids(self) -> list[str]:

@@ -110,6 +110,24 @@ class Batch(BatchSpec, frozen=True, kw_only=True):
     problems: list[BatchProblem] = []
     output_file_id: str | None = None
     error_file_id: str | None = None
+    counts: dict[str, int] = {}
+    """By reason, as :mod:`shared.tally` names them."""
+    output_bytes: int = 0
+    """Of the output lines that are committed."""
+    started_ms: int | None = None
+    """When its first chunk was claimed, by Redis's clock in milliseconds, as all that end so."""
+    started_done: int = 0
+    """How many lines were done then: some, if Redis was lost and restored."""
+    committed_ms: int | None = None
+    """When a chunk was last committed."""
+    from_ms: int | None = None
+    """Since when the present rate is measured."""
+    from_done: int = 0
+    """How many lines were done then."""
+    seen: int | None = None
+    """Of a sample: how many images it was taken from."""
+    seen_all: bool = True
+    """Whether the set has no more images than were seen."""
     warning: str | None = None
     """The code of a passing trouble, such as ``storage_full``."""
 

@@ -139,10 +139,13 @@ class ListingWriter:
         self._chunks += 1
         self._lines, self._size = [], 0
 
-    def publish(self, cursor: Any, *, complete: bool) -> Plan:
+    def publish(
+        self, cursor: Any, *, complete: bool, seen: int | None = None, seen_all: bool = True
+    ) -> Plan:
         """Make what was added until now durable, and the plan that counts.
 
-        ``cursor`` is where to go on behind it. The chunk that is being filled must be closed.
+        ``cursor`` is where to go on behind it; ``seen`` and ``seen_all`` are told of a sample. The
+        chunk that is being filled must be closed.
         """
         assert not self._lines, "the last chunk was not closed"
         with storage_errors(self._folder):
@@ -156,6 +159,8 @@ class ListingWriter:
             parts=self._parts(),
             cursor=cursor,
             problems=self._problems,
+            seen=seen,
+            seen_all=seen_all,
         )
         write_json(part_path(self._folder, self._token, "plan.json"), self.plan)
         return self.plan
@@ -196,7 +201,9 @@ def adopt_listing(folder: Path, token: int) -> Plan:
     model = Manifest(folder).plan.model
     with ListingWriter(folder, token, model) as writer:
         plan = writer.plan
-        return writer.publish(plan.cursor, complete=plan.complete)
+        return writer.publish(
+            plan.cursor, complete=plan.complete, seen=plan.seen, seen_all=plan.seen_all
+        )
 
 
 def problems_of(plan: Plan) -> Iterable[bytes]:

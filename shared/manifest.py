@@ -71,7 +71,8 @@ class Plan(msgspec.Struct, frozen=True):
     """What planning found, or has found so far.
 
     Only the plan of an image set has the rest: ``parts`` say whose entries are whose, the last one's
-    token is that of the plan's own files. ``cursor`` is where its listing goes on.
+    token is that of the plan's own files. ``cursor`` is where its listing goes on. Of a sample,
+    ``seen`` is how many images it was taken from, ``seen_all`` whether the set has no more.
     """
 
     model: str
@@ -81,6 +82,8 @@ class Plan(msgspec.Struct, frozen=True):
     parts: list[Part] = []
     cursor: Any = None
     problems: list[BatchProblem] = []
+    seen: int | None = None
+    seen_all: bool = True
 
 
 class ManifestWriter:

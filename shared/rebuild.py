@@ -8,13 +8,13 @@ in progress is claimed anew. What is still in Redis is left as it is, so this ma
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from shared.batches import BatchStore
+from shared.batches import COUNT, BatchStore
 from shared.connection import PREFIX, Connection
 from shared.errors import StorageFailed
 from shared.files import FileRecord, FileStore
@@ -25,6 +25,7 @@ from shared.manifest import Manifest
 from shared.scripts import Scripts
 from shared.shards import ShardHeader, find_shards, read_header
 from shared.storage import Layout, read_json
+from shared.tally import total
 
 _TOKEN_LEAP = 1 << 20
 """New tokens start this far above those on disk, out of reach of any that was still in use."""
@@ -171,12 +172,16 @@ class Rebuild:
             "failed": sum(header.failed for header in headers.values()),
             "prompt_tokens": sum(header.prompt_tokens for header in headers.values()),
             "completion_tokens": sum(header.completion_tokens for header in headers.values()),
+            "output_bytes": sum(header.output_bytes for header in headers.values()),
+            **_counts(total(header.counts for header in headers.values())),
             "token": token + _TOKEN_LEAP,
         }
         if not plan.complete:
             fields["listing"] = 1
         if plan.parts:
             fields["listing_problems"] = len(plan.problems)
+        if plan.seen is not None:
+            fields |= {"seen": plan.seen, "seen_all": int(plan.seen_all)}
         stop = read_json(folder / "stop.json")
         if stop is not None:
             fields["stop_reason"] = stop["reason"]
@@ -256,12 +261,20 @@ class Rebuild:
 def _fields(batch: Batch) -> dict[str, Any]:
     """The fields of the record of a batch that has ended."""
     values = msgspec.to_builtins(batch)
-    skipped = {*BatchSpec.__struct_fields__, "problems"}
-    return {
+    skipped = {*BatchSpec.__struct_fields__, "problems", "counts", "seen_all"}
+    fields = {
         name: int(value) if value is True else value
         for name, value in values.items()
         if value is not None and value is not False and name not in skipped
     }
+    if batch.seen is not None:
+        fields["seen_all"] = int(batch.seen_all)
+    return {**fields, **_counts(batch.counts)}
+
+
+def _counts(counts: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a record that count by reason."""
+    return {f"{COUNT}{name}": by for name, by in counts.items()}
 
 
 def _problems(folder: Path, known: list[BatchProblem]) -> list[BatchProblem]:

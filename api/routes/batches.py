@@ -15,6 +15,8 @@ from api.schemas.common import list_object
 from shared.errors import InvalidValue, NotFound
 from shared.files import FileRecord
 from shared.idempotency import IN_PROGRESS_S
+from shared.results import ResultPage
+from shared.review import ReviewPage
 
 blueprint = Blueprint("batches", __name__)
 _ROUTE = "batches"
@@ -67,14 +69,17 @@ def results(batch_id: str) -> Response:
     page = current.stores().results.page(
         current.owner(), batch_id, after=query.after, limit=query.limit
     )
-    blocks = page.blocks()
-    # What fails at once still gets its own status.
-    first = next(blocks, b"")
-    response = Response(chain([first], blocks) if first else b"", mimetype="application/x-ndjson")
-    response.headers["vlmq-next-after"] = str(page.next_after)
-    response.headers["vlmq-complete"] = "true" if page.complete else "false"
-    response.headers["cache-control"] = "no-store"
-    return response
+    return _streamed(page)
+
+
+@blueprint.get("/v1/batches/<batch_id>/review")
+def review(batch_id: str) -> Response:
+    """Of as many results as ``limit`` says, those that the quality gate wants reviewed."""
+    query = parsed_query(ResultsQuery)
+    page = current.stores().results.page(
+        current.owner(), batch_id, after=query.after, limit=query.limit
+    )
+    return _streamed(ReviewPage(page))
 
 
 @blueprint.post("/v1/batches/<batch_id>/retry")
@@ -89,6 +94,17 @@ def retry(batch_id: str) -> Response:
         lambda: BatchObject.of(retries.create(owner, batch_id)).model_dump_json().encode(),
         limit_s=IN_PROGRESS_S + retries.source_bytes(owner, batch_id) / _SLOWEST_COPY_BYTES_PER_S,
     )
+
+
+def _streamed(page: ResultPage | ReviewPage) -> Response:
+    blocks = page.blocks()
+    # What fails at once still gets its own status.
+    first = next(blocks, b"")
+    response = Response(chain([first], blocks) if first else b"", mimetype="application/x-ndjson")
+    response.headers["vlmq-next-after"] = str(page.next_after)
+    response.headers["vlmq-complete"] = "true" if page.complete else "false"
+    response.headers["cache-control"] = "no-store"
+    return response
 
 
 def _created(asked: CreateBatch) -> bytes:

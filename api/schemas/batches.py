@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -9,6 +11,8 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from api.schemas.common import Body, Expiry, Fields
 from shared.jobs import Batch
+from shared.pace import items_per_second, seconds_left
+from shared.tally import CAPTIONS, FAILED, RESAMPLED, REVIEW, of_kind
 
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
@@ -80,17 +84,59 @@ class ListingState(BaseModel):
     images: int
 
 
+class BatchProgress(BaseModel):
+    """How fast lines are done, and how long what is known will take; null before that can be said."""
+
+    items_per_second: float | None
+    seconds_left: int | None
+
+
+class GateCounts(BaseModel):
+    """Captions that the quality gate found something in, in all and by reason."""
+
+    captions: int
+    reasons: dict[str, int]
+
+
+class QualityState(BaseModel):
+    """Captions to be reviewed, and those of which answers were thrown away and asked for again."""
+
+    review: GateCounts
+    resampled: GateCounts
+
+
+class Preflight(BaseModel):
+    """What the whole set would come to, by its sample.
+
+    ``images`` were looked at, all of the set if ``complete``; ``seconds`` and ``output_bytes`` are
+    for these. ``bad_share`` is the part of the sample that failed. Null before a chunk is done.
+    """
+
+    images: int
+    complete: bool
+    sampled: int
+    images_per_second: float | None
+    seconds: int | None
+    output_bytes: int | None
+    bad_share: float | None
+
+
 class BatchExtras(BaseModel):
     """What OpenAI's object has no room for.
 
     ``warning`` is the code of a passing trouble, ``retry_of`` the batch whose failed lines these
-    are. Only a caption job has ``captions``, what it was asked, and ``listing``.
+    are; ``failures`` counts failed lines by code. Only a caption job has ``captions``, what it was asked,
+    and ``listing``; only one with a gate has ``quality``, only one with a sample ``preflight``.
     """
 
     warning: str | None
     retry_of: str | None
     captions: dict[str, Any] | None
     listing: ListingState | None
+    progress: BatchProgress
+    failures: dict[str, int]
+    quality: QualityState | None
+    preflight: Preflight | None
 
 
 class BatchObject(BaseModel):
@@ -156,6 +202,10 @@ class BatchObject(BaseModel):
                 retry_of=batch.retry_of,
                 captions=None if batch.source is None else msgspec.to_builtins(batch.source),
                 listing=_listing(batch),
+                progress=_progress(batch),
+                failures=of_kind(batch.counts, FAILED),
+                quality=_quality(batch),
+                preflight=_preflight(batch),
             ),
         )
 
@@ -172,6 +222,41 @@ def _listing(batch: Batch) -> ListingState | None:
         return None
     complete = batch.chunks > 0 and not batch.listing
     return ListingState(complete=complete, images=batch.total)
+
+
+def _progress(batch: Batch) -> BatchProgress:
+    now_s = time.time()
+    rate = items_per_second(batch, now_s)
+    return BatchProgress(
+        items_per_second=None if rate is None else round(rate, 3),
+        seconds_left=seconds_left(batch, now_s),
+    )
+
+
+def _quality(batch: Batch) -> QualityState | None:
+    if batch.source is None or batch.source.quality is None:
+        return None
+    captions = of_kind(batch.counts, CAPTIONS)
+    review, resampled = (
+        GateCounts(captions=captions.get(kind, 0), reasons=of_kind(batch.counts, kind))
+        for kind in (REVIEW, RESAMPLED)
+    )
+    return QualityState(review=review, resampled=resampled)
+
+
+def _preflight(batch: Batch) -> Preflight | None:
+    if batch.seen is None:
+        return None
+    rate, done = items_per_second(batch, time.time()), batch.completed + batch.failed
+    return Preflight(
+        images=batch.seen,
+        complete=batch.seen_all,
+        sampled=batch.total,
+        images_per_second=None if rate is None else round(rate, 3),
+        seconds=math.ceil(batch.seen / rate) if rate else None,
+        output_bytes=round(batch.output_bytes / done * batch.seen) if done else None,
+        bad_share=round(batch.failed / done, 4) if done else None,
+    )
 
 
 def _problems(batch: Batch) -> dict[str, Any] | None:

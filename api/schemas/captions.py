@@ -6,9 +6,17 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from shared.captions import MAX_PLACES, MAX_TEXT, CaptionSource, ImagePlace, parameters_of
+from shared.captions import (
+    MAX_PLACES,
+    MAX_TEXT,
+    CaptionSource,
+    ImagePlace,
+    Sample,
+    parameters_of,
+)
 from shared.chat import GenerationParameters, explain
 from shared.errors import InvalidJson, InvalidValue
+from shared.quality import QualityGate
 
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TEXT)]
 _Metadata = Annotated[
@@ -35,6 +43,8 @@ class CreateCaptions(GenerationParameters, frozen=True, forbid_unknown_fields=Tr
     detail: Literal["auto", "low", "high"] = "auto"
     completion_window: Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,4}[mhd]$")] = "24h"
     metadata: _Metadata | None = None
+    quality: QualityGate | None = None
+    sample: Sample | None = None
     output_expires_after: OutputExpiry | None = None
 
     @property
@@ -52,12 +62,16 @@ class CreateCaptions(GenerationParameters, frozen=True, forbid_unknown_fields=Tr
             template=self.template,
             system=self.system,
             detail=self.detail,
+            quality=self.quality,
+            sample=self.sample,
             **parameters_of(self),
         )
 
     def check(self) -> None:
         """Raise the rules that one field's type cannot say. Raises: InvalidValue."""
         self.check_parameters()
+        if self.quality is not None:
+            self.quality.check()
         if (self.prompt is None) == (self.template is None):
             raise InvalidValue(
                 "give either 'prompt', which is taken as it is, or 'template', in which "

@@ -4,8 +4,10 @@ local id, token, files, state, output, errors, completed, failed = unpack(ARGV)
 if not holds(id, 'final', token) then return 0 end
 drop_lease(id, 'final')
 local model = field(id, 'model')
-if model then
-  count(failed - (field(id, 'failed') or 0), 'vlmq_batch_items_total', model, 'never_run')
+local never_run = failed - (field(id, 'failed') or 0)
+if model then count(never_run, 'vlmq_batch_items_total', model, 'never_run') end
+if never_run > 0 and field(id, 'stop_reason') then
+  redis.call('HINCRBY', key(id), 'count:failed:batch_' .. field(id, 'stop_reason'), never_run)
 end
 redis.call('HSET', key(id), 'output_file_id', output, 'error_file_id', errors,
   'completed', completed, 'failed', failed)

@@ -141,6 +141,26 @@ local function drop_lease(id, unit)
   if worker then redis.call('SREM', of_kind(id, 'held:', 'finetune_held:') .. worker, member) end
 end
 
+-- How fast a batch is done is told from two marks, moments with what was done by then: the newer one
+-- becomes the older one after half a minute, if enough was committed in it to tell anything.
+local function begin_pace(id)
+  local now = now_ms()
+  if redis.call('HSETNX', key(id), 'started_ms', now) == 0 then return end
+  local done = (field(id, 'completed') or 0) + (field(id, 'failed') or 0)
+  redis.call('HSET', key(id), 'started_done', done, 'from_ms', now, 'from_done', done, 'mark_ms', now, 'mark_done', done,
+    'mark_commits', field(id, 'committed') or 0)
+end
+
+local function mark_pace(id)
+  local now, mark = now_ms(), field(id, 'mark_ms')
+  redis.call('HSET', key(id), 'committed_ms', now)
+  if not mark or now - mark < 30000 then return end
+  local commits = field(id, 'committed')
+  if commits - field(id, 'mark_commits') < 8 then return end
+  redis.call('HSET', key(id), 'from_ms', mark, 'from_done', field(id, 'mark_done'), 'mark_ms', now,
+    'mark_done', field(id, 'completed') + field(id, 'failed'), 'mark_commits', commits)
+end
+
 local function holds(id, unit, token)
   return holder(id, unit) == tonumber(token)
 end

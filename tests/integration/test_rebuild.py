@@ -54,7 +54,14 @@ def finish(stores: Stores) -> None:
 
 def but_for_times(batch: Batch) -> Batch:
     """The batch without the moments that only Redis knew."""
-    return msgspec.structs.replace(batch, in_progress_at=None, finalizing_at=None)
+    return msgspec.structs.replace(
+        batch,
+        in_progress_at=None,
+        finalizing_at=None,
+        started_ms=None,
+        committed_ms=None,
+        from_ms=None,
+    )
 
 
 def test_files_come_back_as_they_were(stores: Stores) -> None:

@@ -8,11 +8,13 @@ before the shard is renamed, and nothing counts before Redis accepts its token.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
+from shared import tally
 from shared.chat import completion_body
 from shared.clock import unix_now
 from shared.errors import (
@@ -29,6 +31,7 @@ from shared.jobs import BatchProblem
 from shared.leases import Lease
 from shared.manifest import Manifest
 from shared.models import ModelDefaults, ModelRecord
+from shared.quality import Verdict
 from shared.settings import Settings
 from shared.shards import ShardHeader, shard_path, write_shard
 from workers.inference.batch_lines import (
@@ -43,6 +46,7 @@ from workers.inference.chunk_input import ChunkInput
 from workers.inference.engines.base import Answer, Completion, Prompt
 from workers.inference.engines.flight import Flight
 from workers.inference.engines.standby import Standby
+from workers.inference.gate import Gate, gate_of
 from workers.inference.journal import Journal
 from workers.inference.prompts import build_prompt
 from workers.inference.suspects import alone, engines_lock, retry_suspects, together
@@ -107,6 +111,8 @@ class ChunkRun:
         self._outputs: dict[int, bytes] = {}
         self._errors: dict[int, bytes] = {}
         self._problems: list[BatchProblem] = []
+        self._counts: Counter[str] = Counter()
+        self._gate = gate_of(lease.spec.source, lease.batch_id)
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._images = 0
@@ -225,12 +231,18 @@ class ChunkRun:
         answers = self._flight.results(timeout_s)
         if answers:
             self._heard_at = self._answered_at = time.monotonic()
+        again: list[Prompt] = []
         for prompt_id, answer in answers:
             prompt = self._asked.pop(prompt_id)
             if isinstance(answer, EngineCrashed):
                 self._suspects.append(prompt)
-            else:
+            elif self._gate is None:
                 self._record(prompt_id, answer)
+            elif (once_more := self._judge(self._gate, prompt, answer)) is not None:
+                again.append(once_more)
+        if again:
+            self._asked.update((prompt.id, prompt) for prompt in again)
+            self._flight.submit(again)
         if timeout_s:
             self._keep_going()
             self._require_engine()
@@ -242,8 +254,7 @@ class ChunkRun:
             return
         self._flight.abort()
         for number in list(self._asked):
-            del self._asked[number]
-            self._record(number, RequestTimedOut())
+            self._settle(self._asked.pop(number), RequestTimedOut())
         self._answered_at = time.monotonic()
 
     def _require_engine(self) -> None:
@@ -265,8 +276,9 @@ class ChunkRun:
             return
         with alone(self._lock_path(), self._keep_going, time.sleep):
             self._heard_at = time.monotonic()
+            prompts = {prompt.id: prompt for prompt in self._suspects}
             for prompt_id, answer in retry_suspects(self._suspects, self._run_group):
-                self._record(prompt_id, answer)
+                self._settle(prompts[prompt_id], answer)
 
     def _lock_path(self) -> Path:
         return engines_lock(self._settings.run_dir, self._name)
@@ -293,7 +305,28 @@ class ChunkRun:
         """Whether not one answer came for a request's whole time."""
         return time.monotonic() - self._answered_at > self._settings.api.request_timeout_s
 
-    def _record(self, number: int, answer: Completion | VlmqError) -> None:
+    def _settle(self, prompt: Prompt, answer: Completion | VlmqError) -> None:
+        """Take the best answer that there was for a prompt; nothing more is asked."""
+        if self._gate is None:
+            self._record(prompt.id, answer)
+        else:
+            self._judge(self._gate, prompt, answer, may_ask=False)
+
+    def _judge(
+        self, gate: Gate, prompt: Prompt, answer: Completion | VlmqError, *, may_ask: bool = True
+    ) -> Prompt | None:
+        """Record what the gate settles for, or return what to ask once more."""
+        heard = gate.hear(prompt, answer, may_ask=may_ask)
+        if isinstance(heard, Prompt):
+            return heard
+        if heard.verdict is not None:
+            tally.count_verdict(self._counts, heard.verdict)
+        self._record(prompt.id, heard.answer, heard.verdict)
+        return None
+
+    def _record(
+        self, number: int, answer: Completion | VlmqError, verdict: Verdict | None = None
+    ) -> None:
         item = self._items[number]
         if isinstance(answer, ImagesCutOtherwise):
             # Not the item's fault: whoever takes the chunk next asks how images are cut by then.
@@ -314,12 +347,13 @@ class ChunkRun:
             prompt_tokens=answer.prompt_tokens,
             completion_tokens=answer.completion_tokens,
         )
-        self._outputs[number] = output_line(name, item.request.custom_id, body)
+        self._outputs[number] = output_line(name, item.request.custom_id, body, verdict)
 
     def _fail(
         self, line: Line, custom_id: str | None, error: VlmqError, *, in_batch: bool = False
     ) -> None:
         name = item_id(self._lease.batch_id, line.number)
+        self._counts[f"{tally.FAILED}:{error.code}"] += 1
         self._errors[line.number] = error_line(name, custom_id, error, in_batch=in_batch)
 
     def _write(self) -> ChunkResult:
@@ -329,6 +363,9 @@ class ChunkRun:
                 f"{len(self._outputs)} answers and {len(self._errors)} errors "
                 f"for {self._chunk.items} items"
             )
+        if self._gate is not None:
+            self._prompt_tokens += self._gate.prompt_tokens
+            self._completion_tokens += self._gate.completion_tokens
         header = ShardHeader(
             output_bytes=len(output),
             error_bytes=len(errors),
@@ -337,6 +374,7 @@ class ChunkRun:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             images=self._images,
+            counts=dict(self._counts),
         )
         path = shard_path(self._batch_dir, self._chunk.index, self._lease.token)
         write_shard(path, header, output, errors)

@@ -27,6 +27,7 @@ from shared.errors import (
 )
 from shared.jobs import BatchProblem
 from shared.manifest import Chunk
+from shared.quality import Verdict
 from shared.statuses import error_body, status_of
 from shared.storage import storage_errors
 
@@ -69,6 +70,15 @@ UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 BOM = b"\xef\xbb\xbf"
 """Some editors begin a UTF-8 file with it; it belongs to no line."""
+
+
+class _Extras(msgspec.Struct, frozen=True):
+    quality: Verdict
+
+
+class _JudgedLine(_ResultLine, frozen=True):
+    vlmq: _Extras
+
 
 _strict = msgspec.json.Decoder(BatchLine)
 _loose = msgspec.json.Decoder(_LooseLine)
@@ -163,10 +173,16 @@ def item_id(batch_id: str, line_number: int) -> str:
     return f"{batch_id.removeprefix('batch_')}_{line_number}"
 
 
-def output_line(item: str, custom_id: str, body: ChatCompletion) -> bytes:
-    """The line for a request that was answered."""
+def output_line(
+    item: str, custom_id: str, body: ChatCompletion, verdict: Verdict | None = None
+) -> bytes:
+    """The line for a request that was answered, with the quality gate's verdict if there is one."""
     response = _Response(200, f"req_{item}", body)
-    return _encoder.encode(_ResultLine(f"batch_req_{item}", custom_id, response, None)) + b"\n"
+    name = f"batch_req_{item}"
+    line = _ResultLine(name, custom_id, response, None)
+    if verdict is not None:
+        line = _JudgedLine(name, custom_id, response, None, _Extras(verdict))
+    return _encoder.encode(line) + b"\n"
 
 
 def error_line(

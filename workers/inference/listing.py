@@ -16,7 +16,7 @@ from typing import Self
 
 import msgspec
 
-from shared.captions import CaptionSource, Entry
+from shared.captions import CaptionSource, Entry, Sample
 from shared.errors import (
     ImageSetUnreadable,
     ModelNotFound,
@@ -36,6 +36,7 @@ from workers.inference.chunk_input import entry_lines
 from workers.inference.image_files import ImageRoots
 from workers.inference.image_sources import OpenUpload
 from workers.inference.listing_base import IMAGE_SUFFIXES, Found, Surroundings
+from workers.inference.listing_sample import take_sample
 from workers.inference.listing_sources import find_images
 from workers.inference.planning import Rejected
 from workers.inference.seen_names import SeenNames
@@ -48,6 +49,8 @@ PUBLISH_S = 1.0
 FIRST_PUBLISH_S = 0.1
 SLICE_S = 10.0
 """How long a listing may go on, once it has published something, while other work waits."""
+SAMPLE_CHUNK = 4
+"""Images of a sample that one process takes at a time."""
 _TICK_EVERY = 256
 _OF_ONE_NAME_EACH = frozenset({"folder", "image"})
 """In other places two entries may have the same name."""
@@ -153,6 +156,9 @@ class Listing:
         if not writer.problems:
             try:
                 with _Names(self._folder, scratch, writer.total) as names:
+                    if self._source.sample is not None:
+                        self._add_sample(writer, self._source.sample, names, scratch)
+                        return
                     for found in find_images(self._source, cursor, self._around(scratch)):
                         cursor = found.cursor
                         self._add(writer, found, names)
@@ -160,15 +166,23 @@ class Listing:
                 if writer.total == 0:
                     raise Rejected(0, _problem(error)) from None
                 writer.note(_problem(error))
-        if writer.total == 0:
-            kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-            message = (
-                f"the set holds no images, by the names of its files ({kinds}); archives and tables "
-                "in a folder are listed if a pattern such as FOLDER/*.tar names them"
-            )
-            raise Rejected(0, BatchProblem(ImageSetUnreadable.code, message, "images"))
+        _require_images(writer.total)
         self._publish(writer, cursor, complete=True)
         log.info("image_set_listed", batch_id=self._lease.batch_id, images=writer.total)
+
+    def _add_sample(
+        self, writer: ListingWriter, sample: Sample, names: _Names, scratch: Path
+    ) -> None:
+        """List a few images, in chunks so small that every process gets some."""
+        sampled = take_sample(find_images(self._source, None, self._around(scratch)), sample)
+        _require_images(sampled.seen)
+        for number, found in enumerate(sampled.images):
+            if number % SAMPLE_CHUNK == 0:
+                writer.close_chunk()
+            writer.add(names.unique(found.entry, number + 1), found.place)
+        writer.close_chunk()
+        writer.publish(None, complete=True, seen=sampled.seen, seen_all=sampled.seen_all)
+        self._tell(writer)
 
     def _around(self, scratch: Path) -> Surroundings:
         images = self._stores.settings.images
@@ -232,6 +246,17 @@ class Listing:
             for stale in self._folder.glob("planning-*"):
                 shutil.rmtree(stale, ignore_errors=True)  # what a killed listing left
             return Path(tempfile.mkdtemp(prefix="planning-", dir=self._folder))
+
+
+def _require_images(found: int) -> None:
+    """Raises: Rejected if there are none."""
+    if found == 0:
+        kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        message = (
+            f"the set holds no images, by the names of its files ({kinds}); archives and tables "
+            "in a folder are listed if a pattern such as FOLDER/*.tar names them"
+        )
+        raise Rejected(0, BatchProblem(ImageSetUnreadable.code, message, "images"))
 
 
 def _fair(total: int, settings: QueueSettings) -> int:
