@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -36,6 +36,7 @@ from workers.inference.chunk_input import entry_lines
 from workers.inference.image_files import ImageRoots
 from workers.inference.image_sources import OpenUpload
 from workers.inference.listing_base import IMAGE_SUFFIXES, Found, Surroundings
+from workers.inference.listing_retries import find_failed
 from workers.inference.listing_sample import take_sample
 from workers.inference.listing_sources import find_images
 from workers.inference.planning import Rejected
@@ -48,7 +49,7 @@ PUBLISH_S = 1.0
 """How often what was listed becomes claimable."""
 FIRST_PUBLISH_S = 0.1
 SLICE_S = 10.0
-"""How long a listing may go on, once it has published something, while other work waits."""
+"""How long a listing may go on while other work waits; at least five times what it needed to begin."""
 SAMPLE_CHUNK = 4
 """Images of a sample that one process takes at a time."""
 _TICK_EVERY = 256
@@ -112,11 +113,14 @@ class Listing:
         self._lease = lease
         self._source = source
         self._stores = stores
+        # A retry of a sample has the failed images of that sample.
+        self._sample = source.sample if lease.spec.retry_of is None else None
         self._open_upload = open_upload
         self._keep_going = keep_going
         self._draining = draining
         self._folder = stores.batches.folder(lease.batch_id)
-        self._publish_at = time.monotonic() + FIRST_PUBLISH_S
+        self._began_at = time.monotonic()
+        self._publish_at = self._began_at + FIRST_PUBLISH_S
         self._pause_at: float | None = None
         self._chunks_told = 0
 
@@ -156,10 +160,10 @@ class Listing:
         if not writer.problems:
             try:
                 with _Names(self._folder, scratch, writer.total) as names:
-                    if self._source.sample is not None:
-                        self._add_sample(writer, self._source.sample, names, scratch)
+                    if self._sample is not None:
+                        self._add_sample(writer, self._sample, names, scratch)
                         return
-                    for found in find_images(self._source, cursor, self._around(scratch)):
+                    for found in self._find(cursor, scratch):
                         cursor = found.cursor
                         self._add(writer, found, names)
             except ImageSetUnreadable as error:
@@ -183,6 +187,11 @@ class Listing:
         writer.close_chunk()
         writer.publish(None, complete=True, seen=sampled.seen, seen_all=sampled.seen_all)
         self._tell(writer)
+
+    def _find(self, cursor: object, scratch: Path) -> Iterator[Found]:
+        if self._lease.spec.retry_of is not None:
+            return find_failed(self._lease.spec, cursor, self._stores, self._keep_going)
+        return find_images(self._source, cursor, self._around(scratch))
 
     def _around(self, scratch: Path) -> Surroundings:
         images = self._stores.settings.images
@@ -232,7 +241,7 @@ class Listing:
         """Give the unit back if this worker is wanted for something else."""
         now = time.monotonic()
         if self._pause_at is None:
-            self._pause_at = now + SLICE_S
+            self._pause_at = now + max(SLICE_S, 5 * (now - self._began_at))
         if self._draining():
             raise ListingPaused()
         if now < self._pause_at:
