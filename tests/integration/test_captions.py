@@ -275,6 +275,25 @@ def test_kill_9_while_it_is_listed_and_run_loses_and_doubles_nothing(
     assert len(seen) == count
 
 
+def test_one_process_runs_a_set_while_it_lists_it(images: Path) -> None:
+    """By turns, so that captions come before the listing has ended."""
+    path = long_list(images / "alone", 150_000)
+    alone = {"images": {"roots": [str(images)]}, "node": {"batch_processes": 1}}
+    with running_node(**alone, queue={"slice_s": 0.1}) as own:  # type: ignore[arg-type]
+        sdk = own.sdk(max_retries=0)
+        made = caption(own, str(path))
+        wait_for(lambda: has_some(sdk, made["id"]), "captions", 30)
+        sdk.batches.cancel(made["id"])
+        wait_until_ended(sdk, made["id"])
+
+
+def has_some(sdk: openai.OpenAI, batch_id: str) -> bool:
+    """Whether something is captioned, of a set whose listing goes on."""
+    found = sdk.batches.retrieve(batch_id)
+    assert not found.vlmq["listing"]["complete"], "the listing ended first"
+    return found.request_counts.completed > 0
+
+
 def test_a_job_can_be_cancelled_while_it_is_listed(
     node: RunningNode, sdk: openai.OpenAI, images: Path
 ) -> None:

@@ -70,6 +70,12 @@ def test_a_text_that_is_not_there_is_named() -> None:
         Template("{a} {b} {c}").fill({"a": "1"})
 
 
+def test_a_text_that_is_too_long_is_refused() -> None:
+    """Whole prompts of it would fit into no session."""
+    with pytest.raises(TextMissing, match="at most 100,000"):
+        Template("{a}").fill({"a": "x" * 100_001})
+
+
 def test_a_prompt_is_taken_as_it_is() -> None:
     """Braces and all."""
     source = CaptionSource(images=[ImagePlace(path="/x")], model="m", prompt='{"a": {}} }')

@@ -48,8 +48,9 @@ log = get_logger(__name__)
 PUBLISH_S = 1.0
 """How often what was listed becomes claimable."""
 FIRST_PUBLISH_S = 0.1
-SLICE_S = 10.0
-"""How long a listing may go on while other work waits; at least five times what it needed to begin."""
+SLICES = 5
+"""How many slices of a ticket a listing may go on while other work waits; and how many times longer
+than it needed to begin."""
 SAMPLE_CHUNK = 4
 """Images of a sample that one process takes at a time."""
 _TICK_EVERY = 256
@@ -241,12 +242,12 @@ class Listing:
         """Give the unit back if this worker is wanted for something else."""
         now = time.monotonic()
         if self._pause_at is None:
-            self._pause_at = now + max(SLICE_S, 5 * (now - self._began_at))
+            slice_s = self._stores.settings.queue.slice_s
+            self._pause_at = now + SLICES * max(slice_s, now - self._began_at)
         if self._draining():
             raise ListingPaused()
         if now < self._pause_at:
             return
-        self._pause_at = now + SLICE_S
         if self._stores.leases.demand(model_lane(self._source.model), limit=1):
             raise ListingPaused()
 
