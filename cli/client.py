@@ -110,6 +110,13 @@ class Client:
         with self._stream("GET", path, params={"after": after}) as response:
             yield ResultLines(response)
 
+    @contextmanager
+    def review_lines(self, batch_id: str, after: int) -> Iterator[ResultLines]:
+        """Of these lines, those that the quality gate wants reviewed."""
+        path = f"/v1/batches/{batch_id}/review"
+        with self._stream("GET", path, params={"after": after, "limit": 10_000}) as response:
+            yield ResultLines(response)
+
     def batches(self, limit: int, after: str | None = None) -> Json:
         """A page of batches, newest first."""
         return self._page("/v1/batches", limit, after)

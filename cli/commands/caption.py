@@ -10,9 +10,10 @@ from typing import Any
 import click
 
 from cli.client import Client, Json, ServerTrouble
-from cli.commands.batch import stay_or_name
+from cli.commands.batch import follow_to_end, stay_or_name
 from cli.options import connect, json_option, pairs, server_options
 from cli.output import note
+from cli.preflight import SAMPLE_IMAGES, show_preflight
 from cli.uploading import packed, upload
 
 PURPOSE = "vision"
@@ -42,6 +43,21 @@ _TYPES = ("folder", "glob", "list", "tar", "zip", "table", "image")
 @click.option("--metadata", multiple=True, metavar="NAME=VALUE", help="Kept with the job.")
 @click.option("--upload", "sends", is_flag=True,
               help="Send PATH, which is here, instead of naming a path of the server.")  # fmt: skip
+@click.option(
+    "--gate",
+    is_flag=True,
+    help="Ask again for captions that are empty, cut off, refusals or loops.",
+)
+@click.option("--language", help="The same for captions not written as this is, e.g. zh.")
+@click.option(
+    "--resamples", type=click.IntRange(0, 8), help="How often to ask again.  [default: 2]"
+)
+@click.option(
+    "--dry-run",
+    "tries",
+    is_flag=True,
+    help="Caption 64 images of the set and say what all would take.",
+)
 @click.option("--watch", "follow", is_flag=True, help="Stay and show the progress.")
 @json_option
 @server_options
@@ -56,6 +72,10 @@ def caption(
     image_column: str | None,
     name_column: str | None,
     *,
+    gate: bool,
+    language: str | None,
+    resamples: int | None,
+    tries: bool,
     sends: bool,
     follow: bool,
     as_json: bool,
@@ -81,11 +101,23 @@ def caption(
             "stop": list(stop) or None,
             "completion_window": window,
             "metadata": pairs(metadata) or None,
+            "quality": _quality(language, resamples, is_on=gate),
+            "sample": {"images": SAMPLE_IMAGES} if tries else None,
             **others,
         }
         created = _created(client, {key: value for key, value in body.items() if value is not None})
         note(f"batch {created['id']} started")
+        if tries:
+            show_preflight(client, follow_to_end(client, created["id"]), as_json=as_json)
+            return
         stay_or_name(client, created, follow=follow, as_json=as_json)
+
+
+def _quality(language: str | None, resamples: int | None, *, is_on: bool) -> Json | None:
+    """The quality gate, if an option asks for it."""
+    asked = {"language": language, "resamples": resamples}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return given if given or is_on else None
 
 
 def _place(client: Client, path: str, *, sends: bool) -> Json:

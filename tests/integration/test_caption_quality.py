@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,28 @@ def test_a_gate_that_cannot_be_is_refused(
     body = {"model": "echo", "images": str(images), "prompt": "x", "quality": quality}
     answer = httpx.post(f"{node.base_url}/captions", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def vlmq(node: RunningNode, *arguments: str, status: int = 0) -> tuple[str, str]:
+    """Run it to its end; returns standard output and standard error."""
+    process = node.vlmq(*arguments)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, (out, err)
+    return out, err
+
+
+def test_the_command_line_says_what_the_gate_found(node: RunningNode, images: Path) -> None:
+    """While watching, and caption by caption."""
+    captions = {"a": "[[echo:blank]]", "b": "[[echo:refuse]]", "c": "fine", "d": "[[echo:error]]"}
+    folder = str(fill(images / "cli", captions))
+    asked = ("--model", "echo", "--template", "{txt}", "--language", "en", "--resamples", "1")
+    out, err = vlmq(node, "caption", folder, *asked, "--watch", "--json")
+    found = json.loads(out)
+    assert "failed: engine_error 1" in err
+    assert "to review: 2 (empty 1, refusing 1)" in err
+    assert "images/s" in err
+    out, _ = vlmq(node, "batch", "review", found["id"])
+    refusal = "I'm sorry, but I can't help with that image."
+    assert out.splitlines() == ["a.jpg: empty: ", f"b.jpg: refusing: {refusal}"]
+    out, _ = vlmq(node, "batch", "review", found["id"], "--json")
+    assert [json.loads(line)["custom_id"] for line in out.splitlines()] == ["a.jpg", "b.jpg"]

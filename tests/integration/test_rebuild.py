@@ -99,6 +99,8 @@ def test_what_has_ended_stays_ended(stores: Stores, how: str) -> None:
             finish(stores)
     before = now(stores, batch)
     assert before.state == how
+    never_ran = {"failed:batch_cancelled": 2} if how == "cancelled" else {}
+    assert before.counts == ({} if how == "failed" else {"failed:made_up": 1, **never_ran})
     lose_redis(stores)
     assert stores.rebuild().batches == 1
     assert now(stores, batch) == before
