@@ -53,6 +53,21 @@ def forecast(found: Json) -> Iterable[str]:
         yield f"output:      {amount(seen['output_bytes'])}"
 
 
+def made_by(provenance: Iterable[Json]) -> Iterable[str]:
+    """What a caption job's lines came of, a line per difference."""
+    for entry in provenance:
+        checkpoint = entry.get("fingerprint")
+        seed = entry["parameters"].get("seed")
+        parts = (
+            f"{entry['model']} (revision {entry['model_revision']}"
+            + (f", checkpoint {checkpoint[:12]})" if checkpoint else ")"),
+            f"prompt {entry['prompt_sha256'][:12]}",
+            "no seed" if seed is None else f"seed {seed}",
+            f"vlmq {entry['versions'].get('vlmq', '?')}",
+        )
+        yield f"made by: {', '.join(parts)}"
+
+
 def short(text: str) -> str:
     """A caption on one line of a terminal."""
     joined = " ".join(text.split())
@@ -63,8 +78,13 @@ def _share(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
+def is_caption_job(found: Json) -> bool:
+    """Whether it is a batch of an image set."""
+    return _extra(found, "captions") is not None
+
+
 def _items(found: Json) -> str:
-    return "items" if _extra(found, "captions") is None else "images"
+    return "images" if is_caption_job(found) else "items"
 
 
 def _gated(counts: Json) -> str:

@@ -117,6 +117,11 @@ class Client:
         with self._stream("GET", path, params={"after": after, "limit": 10_000}) as response:
             yield ResultLines(response)
 
+    def provenance(self, batch_id: str) -> list[Json]:
+        """What the lines of a caption job came of."""
+        found: list[Json] = self._json("GET", f"/v1/batches/{batch_id}/provenance")["data"]
+        return found
+
     def batches(self, limit: int, after: str | None = None) -> Json:
         """A page of batches, newest first."""
         return self._page("/v1/batches", limit, after)

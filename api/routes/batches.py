@@ -15,6 +15,7 @@ from api.schemas.common import list_object
 from shared.errors import InvalidValue, NotFound
 from shared.files import FileRecord
 from shared.idempotency import IN_PROGRESS_S
+from shared.provenance import provenance
 from shared.results import ResultPage
 from shared.review import ReviewPage
 
@@ -80,6 +81,14 @@ def review(batch_id: str) -> Response:
         current.owner(), batch_id, after=query.after, limit=query.limit
     )
     return _streamed(ReviewPage(page))
+
+
+@blueprint.get("/v1/batches/<batch_id>/provenance")
+def provenance_of(batch_id: str) -> Response:
+    """What the lines of a caption job came of."""
+    require_no_query()
+    found = provenance(current.stores().batches, current.owner(), batch_id)
+    return json_response({"object": "list", "data": found})
 
 
 @blueprint.post("/v1/batches/<batch_id>/retry")

@@ -68,7 +68,7 @@ def submit(
 def watch(batch_id: str, *, as_json: bool, url: str, api_key: str | None) -> None:
     """Show the progress of a batch until it ends. Ctrl-C leaves the batch running."""
     with connect(url, api_key) as client:
-        _finish(follow_to_end(client, batch_id), as_json=as_json)
+        _finish(client, follow_to_end(client, batch_id), as_json=as_json)
 
 
 @batch.command()
@@ -301,19 +301,22 @@ class PlainProgress:
 def stay_or_name(client: Client, created: Json, *, follow: bool, as_json: bool) -> None:
     """Stay with a batch that was just made, or say which it is."""
     if follow:
-        _finish(follow_to_end(client, created["id"]), as_json=as_json)
+        _finish(client, follow_to_end(client, created["id"]), as_json=as_json)
     elif as_json:
         print_json(created)
     else:
         click.echo(created["id"])
 
 
-def _finish(found: Json, *, as_json: bool) -> None:
+def _finish(client: Client, found: Json, *, as_json: bool) -> None:
     if as_json:
         print_json(found)
     _explain_problems(found)
     for line in words.findings(found):
         note(f"  {line}")
+    if words.is_caption_job(found):
+        for line in words.made_by(client.provenance(found["id"])):
+            note(f"  {line}")
     if found["status"] != "completed":
         raise click.ClickException(
             f"the batch is {found['status']}; answered: {counts(found)}. What there is: "

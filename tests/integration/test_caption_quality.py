@@ -209,8 +209,31 @@ def test_the_command_line_says_what_the_gate_found(node: RunningNode, images: Pa
     assert "failed: engine_error 1" in err
     assert "to review: 2 (empty 1, refusing 1)" in err
     assert "images/s" in err
+    [made_by] = httpx.get(f"{node.base_url}/batches/{found['id']}/provenance").json()["data"]
+    assert made_by["quality"] == {"language": "en", "resamples": 1}
+    assert (made_by["model"], made_by["template"]) == ("echo", "{txt}")
+    assert f"made by: echo (revision 1), prompt {made_by['prompt_sha256'][:12]}, no seed" in err
     out, _ = vlmq(node, "batch", "review", found["id"])
     refusal = "I'm sorry, but I can't help with that image."
     assert out.splitlines() == ["a.jpg: empty: ", f"b.jpg: refusing: {refusal}"]
     out, _ = vlmq(node, "batch", "review", found["id"], "--json")
     assert [json.loads(line)["custom_id"] for line in out.splitlines()] == ["a.jpg", "b.jpg"]
+
+
+def test_an_image_that_kills_engines_does_not_let_others_past_the_gate(
+    node: RunningNode, sdk: openai.OpenAI, images: Path
+) -> None:
+    """Whoever was in the engine with it is judged as well, and has one line."""
+    captions = {f"{number:02}": "[[echo:blank]]" for number in range(12)}
+    captions |= {"fine": "a red circle", "poison": "[[echo:kill]]"}
+    ended = captioned(node, sdk, fill(images / "poison", captions), quality={"resamples": 2})
+    assert ended.status == "completed"
+    rows = by_name(results(sdk, ended.output_file_id))
+    assert sorted(rows) == sorted(set(captions) - {"poison"})
+    assert rows["fine"]["vlmq"]["quality"] == {"verdict": "pass"}
+    blank = [
+        rows[name]["vlmq"]["quality"] for name in captions if captions[name] == "[[echo:blank]]"
+    ]
+    assert {found["verdict"] for found in blank} == {"review"}
+    assert ended.vlmq["failures"] == {"engine_crashed": 1}
+    assert ended.vlmq["quality"]["review"] == {"captions": 12, "reasons": {"empty": 12}}

@@ -13,6 +13,7 @@ import msgspec
 
 from shared.captions import CaptionSource
 from shared.models import ModelDefaults, ModelRecord, ModelSource
+from shared.quality import QualityGate
 from shared.storage import storage_errors
 
 MAX_SHOWN = 8192
@@ -38,6 +39,7 @@ class ShardProvenance(msgspec.Struct, frozen=True, omit_defaults=True):
     template: str | None = None
     system: str | None = None
     detail: str | None = None
+    quality: QualityGate | None = None
 
 
 def provenance_of(source: CaptionSource, record: ModelRecord, scaling: str) -> bytes:
@@ -57,6 +59,7 @@ def provenance_of(source: CaptionSource, record: ModelRecord, scaling: str) -> b
         template=_shown(source.template),
         system=_shown(source.system),
         detail=source.detail,
+        quality=source.quality,
     )
     return msgspec.json.encode(found)
 
