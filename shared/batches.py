@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from shared.captions import CaptionSource
 from shared.clock import unix_now
 from shared.connection import PREFIX, Connection
 from shared.errors import (
@@ -28,6 +29,7 @@ from shared.files import FileRecord
 from shared.ids import is_id, new_id
 from shared.jobs import Batch, BatchProblem, BatchSpec, BatchState, StopReason
 from shared.leases import Lease
+from shared.listing import problems_of
 from shared.log import get_logger
 from shared.manifest import Plan
 from shared.paging import Page, ids_after
@@ -82,14 +84,15 @@ class BatchStore:
         self,
         *,
         owner: str,
-        input_file: FileRecord,
+        input_file: FileRecord | None = None,
+        source: CaptionSource | None = None,
         endpoint: str,
         completion_window: str,
         metadata: dict[str, str] | None,
         output_expires_after_s: int | None = None,
         retry_of: str | None = None,
     ) -> Batch:
-        """Record a batch and put it in line to be planned.
+        """Record a batch of a file or of an image set, and put it in line to be planned.
 
         Raises: StorageFull, QueueUnavailable (then nothing is left of it).
         """
@@ -99,13 +102,14 @@ class BatchStore:
             id=new_id("batch_"),
             owner=owner,
             endpoint=endpoint,
-            input_file_id=input_file.id,
+            input_file_id=None if input_file is None else input_file.id,
             completion_window=completion_window,
             created_at=now,
             expires_at=now + window_s(completion_window),
             metadata=metadata,
             output_expires_after_s=output_expires_after_s,
             retry_of=retry_of,
+            source=source,
         )
         folder = self.folder(spec.id)
         with storage_errors(folder):
@@ -129,9 +133,9 @@ class BatchStore:
             spec.id,
             spec.owner,
             encoded,
-            spec.input_file_id,
             created_ms,
             spec.expires_at,
+            *spec.files_used,
         )
 
     def get(self, owner: str, batch_id: str) -> Batch:
@@ -203,13 +207,31 @@ class BatchStore:
         )
         self._require(done, lease, {BatchState.IN_PROGRESS})
 
+    def listed(self, lease: Lease, plan: Plan) -> None:
+        """More of an image set is in its manifest: the chunks may be claimed. Raises: LeaseLost."""
+        done = self._scripts(
+            "listed",
+            lease.batch_id,
+            lease.token,
+            plan.model,
+            plan.chunks,
+            plan.total,
+            int(plan.complete),
+            *problems_of(plan),
+        )
+        if done:
+            return
+        batch = self.get(lease.spec.owner, lease.batch_id)
+        if batch.listing or not plan.complete or batch.chunks != plan.chunks:
+            raise LeaseLost()  # else only the answer was lost: this very plan counts
+
     def rejected(self, lease: Lease, total: int, problems: Sequence[BatchProblem]) -> None:
         """Nothing of the input can be run: the batch has failed. Raises: LeaseLost."""
         done = self._scripts(
             "rejected",
             lease.batch_id,
             lease.token,
-            lease.spec.input_file_id,
+            msgspec.json.encode(lease.spec.files_used),
             total,
             *(msgspec.json.encode(problem) for problem in problems),
         )
@@ -253,7 +275,7 @@ class BatchStore:
             "finish",
             lease.batch_id,
             lease.token,
-            lease.spec.input_file_id,
+            msgspec.json.encode(lease.spec.files_used),
             state.value,
             output_file_id or "",
             error_file_id or "",

@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+from shared.captions import CaptionSource
+
 StopReason = Literal["cancelled", "expired"]
 
 
@@ -65,7 +67,8 @@ class BatchSpec(msgspec.Struct, frozen=True):
     id: str
     owner: str
     endpoint: str
-    input_file_id: str
+    input_file_id: str | None
+    """``None`` for an image set, which has ``source``."""
     completion_window: str
     created_at: int
     expires_at: int
@@ -73,6 +76,14 @@ class BatchSpec(msgspec.Struct, frozen=True):
     output_expires_after_s: int | None = None
     retry_of: str | None = None
     """The batch whose failed lines these are."""
+    source: CaptionSource | None = None
+
+    @property
+    def files_used(self) -> list[str]:
+        """The uploads that must be kept until the batch has ended."""
+        if self.source is not None:
+            return self.source.file_ids
+        return [] if self.input_file_id is None else [self.input_file_id]
 
 
 class Batch(BatchSpec, frozen=True, kw_only=True):
@@ -94,6 +105,8 @@ class Batch(BatchSpec, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     chunks: int = 0
+    listing: bool = False
+    """Whether more of its image set is to come."""
     problems: list[BatchProblem] = []
     output_file_id: str | None = None
     error_file_id: str | None = None

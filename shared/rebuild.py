@@ -20,6 +20,7 @@ from shared.errors import StorageFailed
 from shared.files import FileRecord, FileStore
 from shared.finetune_store import FinetuneStore, used_by
 from shared.jobs import Batch, BatchProblem, BatchSpec, BatchState
+from shared.listing import adopt_listing
 from shared.manifest import Manifest
 from shared.scripts import Scripts
 from shared.shards import ShardHeader, find_shards, read_header
@@ -108,7 +109,8 @@ class Rebuild:
         value = read_json(folder / "batch.json")
         if value is not None and not (folder / "final.json").exists():
             spec = msgspec.convert(value, BatchSpec)
-            self._redis.sadd(f"{PREFIX}users:{spec.input_file_id}", spec.id)
+            for file_id in spec.files_used:
+                self._redis.sadd(f"{PREFIX}users:{file_id}", spec.id)
 
     def _protect_data(self, folder: Path) -> None:
         job = self._finetunes.recorded(folder.name)
@@ -150,6 +152,12 @@ class Rebuild:
         plan = Manifest(folder).plan
         tokens = self._tokens(folder)
         headers = self._headers(tokens)
+        token = max((token for token, _ in tokens.values()), default=0)
+        if plan.parts:
+            token = max(token, plan.parts[-1].token)
+            if not self._redis.exists(f"{PREFIX}batch:{spec.id}"):
+                # Whoever was listing it holds no lease any more, and must not take this for his.
+                plan = adopt_listing(folder, token + _TOKEN_LEAP)
         upcoming = max(headers, default=-1) + 1
         fields: dict[str, Any] = {
             "state": BatchState.IN_PROGRESS.value,
@@ -163,8 +171,12 @@ class Rebuild:
             "failed": sum(header.failed for header in headers.values()),
             "prompt_tokens": sum(header.prompt_tokens for header in headers.values()),
             "completion_tokens": sum(header.completion_tokens for header in headers.values()),
-            "token": max((token for token, _ in tokens.values()), default=0) + _TOKEN_LEAP,
+            "token": token + _TOKEN_LEAP,
         }
+        if not plan.complete:
+            fields["listing"] = 1
+        if plan.parts:
+            fields["listing_problems"] = len(plan.problems)
         stop = read_json(folder / "stop.json")
         if stop is not None:
             fields["stop_reason"] = stop["reason"]
@@ -175,7 +187,13 @@ class Rebuild:
             for chunk in range(upcoming)
         )
         missing = [chunk for chunk in range(upcoming) if chunk not in headers]
-        self._restore(spec, fields, commits=commits, missing=missing, problems=_problems(folder))
+        self._restore(
+            spec,
+            fields,
+            commits=commits,
+            missing=missing,
+            problems=_problems(folder, plan.problems),
+        )
         self.report.chunks_kept += len(headers)
 
     def _tokens(self, folder: Path) -> dict[int, tuple[int, Path]]:
@@ -219,7 +237,7 @@ class Rebuild:
         self._scripts(
             "restore",
             spec.id,
-            spec.input_file_id,
+            msgspec.json.encode(spec.files_used),
             spec.created_at * 1000,
             spec.expires_at,
             int(terminal),
@@ -240,12 +258,14 @@ def _fields(batch: Batch) -> dict[str, Any]:
     values = msgspec.to_builtins(batch)
     skipped = {*BatchSpec.__struct_fields__, "problems"}
     return {
-        name: value for name, value in values.items() if value is not None and name not in skipped
+        name: int(value) if value is True else value
+        for name, value in values.items()
+        if value is not None and value is not False and name not in skipped
     }
 
 
-def _problems(folder: Path) -> list[BatchProblem]:
-    found: list[BatchProblem] = []
+def _problems(folder: Path, known: list[BatchProblem]) -> list[BatchProblem]:
+    found = known.copy()
     paths = (folder / "problems").glob("[0-9]*.json")
     for path in sorted(paths, key=lambda path: int(path.stem)):
         found += msgspec.convert(read_json(path), list[BatchProblem])

@@ -169,6 +169,8 @@ class ResultStore:
         first = manifest.chunk_of_line(after + 1)
         # Tokens first: they are gone when the batch has ended, and its state then says so.
         tokens = self._batches.committed_tokens(batch_id, first, limit)
+        # The manifest of an image set may have grown since it was read.
+        tokens = tokens[: max(0, manifest.plan.chunks - first)]
         batch = self._batches.get(owner, batch_id)
         source = _Source(self._batches, self._files, batch, manifest, first, tokens)
         return _cut(source, first, after, limit)

@@ -29,6 +29,8 @@ class Retries:
         """The most that has to be read to retry a batch; 0 if it cannot be."""
         try:
             batch = self._batches.get(owner, batch_id)
+            if batch.input_file_id is None:
+                return 0
             return self._files.get(owner, batch.input_file_id).bytes
         except NotFound:
             return 0
@@ -42,7 +44,9 @@ class Retries:
         new file may be left, for its owner to delete.
         """
         batch = self._batches.get(owner, batch_id)
-        source = self._source(batch)
+        if batch.input_file_id is None:
+            raise InvalidRequest("a caption job cannot be retried yet", param="batch_id")
+        source = self._source(batch, batch.input_file_id)
         path = self._files.content_path(batch.owner, source.id)
         filename = f"{batch.id}_retry.jsonl"
         with self._files.begin(owner=batch.owner, filename=filename, purpose="batch") as writer:
@@ -63,7 +67,7 @@ class Retries:
             self._files.discard(record)
             raise
 
-    def _source(self, batch: Batch) -> FileRecord:
+    def _source(self, batch: Batch, file_id: str) -> FileRecord:
         """The file that holds the text of the batch's failed lines."""
         if not batch.is_terminal:
             raise IllegalTransition(
@@ -72,10 +76,10 @@ class Retries:
         if batch.error_file_id is None:
             raise InvalidRequest(_nothing_to_retry(batch), param="batch_id")
         try:
-            return self._files.get(batch.owner, batch.input_file_id)
+            return self._files.get(batch.owner, file_id)
         except NotFound:
             raise InvalidValue(
-                f"the batch's input file '{batch.input_file_id}' was deleted, and with it the text "
+                f"the batch's input file '{file_id}' was deleted, and with it the text "
                 "of the failed lines; upload them again and make a new batch",
                 param="input_file_id",
             ) from None

@@ -21,14 +21,19 @@ from shared.errors import (
 )
 from shared.leases import CONTROL_LANE, Lease, model_of
 from shared.log import get_logger
+from shared.manifest import Manifest
 from shared.models import ModelRecord
 from shared.settings import Settings
 from shared.stores import Stores
 from workers.inference.batch import ChunkResult, ChunkRun, EnginesAway
+from workers.inference.chunk_input import ChunkInput, FileInput, ImageSetInput, input_path
 from workers.inference.control import run_control_unit
+from workers.inference.engines.base import Tiling
 from workers.inference.engines.flight import Flight
 from workers.inference.engines.standby import Standby
-from workers.inference.uploads import OwnedImages
+from workers.inference.entry_images import EntryImages
+from workers.inference.listing import ListingPaused
+from workers.inference.uploads import OwnedImages, upload_opener
 from workers.keeper import Keeper, until_answered
 
 log = get_logger(__name__)
@@ -120,7 +125,7 @@ class BatchWorker:
             self._trouble = 0
         except LeaseLost:
             bound.warning("lease_lost")
-        except (BatchCancelled, BatchExpired, Draining, EnginesAway):
+        except (BatchCancelled, BatchExpired, Draining, EnginesAway, ListingPaused):
             self._release(lease, 0, "")
         except StorageFull as error:
             bound.error("storage_full", error=str(error))
@@ -136,23 +141,42 @@ class BatchWorker:
         if lease.unit.isdigit():
             self._run_chunk(lease)
         else:
-            run_control_unit(lease, self._stores, self._keeper)
+            run_control_unit(lease, self._stores, self._keeper, self._is_draining)
 
     def _run_chunk(self, lease: Lease) -> None:
         flight = self._flight(lease.model)
+        batch_dir = self._stores.batches.folder(lease.batch_id)
+        manifest = Manifest(batch_dir)
         run = ChunkRun(
             lease,
-            batch_dir=self._stores.batches.folder(lease.batch_id),
-            source=self._stores.layout.file_dir(lease.spec.input_file_id) / "content",
+            batch_dir=batch_dir,
+            manifest=manifest,
+            chunk_input=self._input(lease, manifest, lambda: flight.tiling),
             model=self._model(lease.model),
-            knows_model=lambda name: self._stores.models.knows(name, lease.spec.owner),
             settings=self._settings,
             flight=flight,
-            read_image=self._images.reader(lease.spec.owner, lambda: flight.tiling),
             keep_going=self._check,
         )
         if self._commit(lease, run.run()):
             self._stores.tickets.control()
+
+    def _input(
+        self, lease: Lease, manifest: Manifest, tiling: Callable[[], Tiling | None]
+    ) -> ChunkInput:
+        spec = lease.spec
+        if spec.source is not None:
+            images = EntryImages(self._settings.images, upload_opener(self._stores, spec.owner))
+            return ImageSetInput(spec.source, manifest, images, self._images.preparer(tiling))
+        source = input_path(spec, self._stores.layout)
+        assert source is not None, "a batch has an input file or an image set"
+        return FileInput(
+            source,
+            endpoint=spec.endpoint,
+            model=lease.model,
+            knows_model=lambda name: self._stores.models.knows(name, spec.owner),
+            max_line_bytes=self._settings.queue.max_line_bytes,
+            read_image=self._images.reader(spec.owner, tiling),
+        )
 
     def _model(self, name: str) -> ModelRecord | None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from pydantic import BaseModel, Field, StringConstraints
 
 from api.schemas.common import Body, Expiry, Fields
@@ -72,15 +73,24 @@ class BatchUsage(BaseModel):
     total_tokens: int
 
 
+class ListingState(BaseModel):
+    """How far the image set is listed: all of it, and images (and unusable entries) so far."""
+
+    complete: bool
+    images: int
+
+
 class BatchExtras(BaseModel):
     """What OpenAI's object has no room for.
 
     ``warning`` is the code of a passing trouble, ``retry_of`` the batch whose failed lines these
-    are.
+    are. Only a caption job has ``captions``, what it was asked, and ``listing``.
     """
 
     warning: str | None
     retry_of: str | None
+    captions: dict[str, Any] | None
+    listing: ListingState | None
 
 
 class BatchObject(BaseModel):
@@ -91,7 +101,7 @@ class BatchObject(BaseModel):
     endpoint: str
     model: str | None
     errors: dict[str, Any] | None
-    input_file_id: str
+    input_file_id: str | None
     completion_window: str
     status: str
     output_file_id: str | None
@@ -141,7 +151,12 @@ class BatchObject(BaseModel):
                 total_tokens=batch.prompt_tokens + batch.completion_tokens,
             ),
             metadata=batch.metadata,
-            vlmq=BatchExtras(warning=batch.warning, retry_of=batch.retry_of),
+            vlmq=BatchExtras(
+                warning=batch.warning,
+                retry_of=batch.retry_of,
+                captions=None if batch.source is None else msgspec.to_builtins(batch.source),
+                listing=_listing(batch),
+            ),
         )
 
 
@@ -150,6 +165,13 @@ def _status(batch: Batch) -> str:
     if batch.stop_reason == "cancelled" and not batch.is_terminal:
         return "cancelling"
     return batch.state.value
+
+
+def _listing(batch: Batch) -> ListingState | None:
+    if batch.source is None:
+        return None
+    complete = batch.chunks > 0 and not batch.listing
+    return ListingState(complete=complete, images=batch.total)
 
 
 def _problems(batch: Batch) -> dict[str, Any] | None:

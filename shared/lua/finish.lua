@@ -1,6 +1,6 @@
--- Output and error files are on disk. ARGV: id, token, input file id, terminal state,
+-- Output and error files are on disk. ARGV: id, token, JSON list of file ids it reads, terminal state,
 -- output file id, error file id, completed, failed -> 1, or 0 if the lease was lost.
-local id, token, input, state, output, errors, completed, failed = unpack(ARGV)
+local id, token, files, state, output, errors, completed, failed = unpack(ARGV)
 if not holds(id, 'final', token) then return 0 end
 drop_lease(id, 'final')
 local model = field(id, 'model')
@@ -14,7 +14,7 @@ transition(id, state)
 leave_lane(id)
 redis.call('ZADD', P .. 'ended', math.floor(now_ms() / 1000), id)
 redis.call('ZREM', P .. 'deadlines', id)
-redis.call('SREM', P .. 'users:' .. input, id)
+let_go(id, cjson.decode(files))
 redis.call('DEL', key(id, 'retry'), key(id, 'attempts'), key(id, 'leases'),
   key(id, 'commits'))
 recount(id)

@@ -94,13 +94,14 @@ local function offer(id, unit, not_before_ms)
   redis.call('ZADD', key(id, 'retry'), not_before_ms, unit)
 end
 
--- Finalize when no chunk is left to do, or when a stop was asked for and nobody holds a chunk.
+-- Finalize when no chunk is left to do and none will come, or when a stop was asked for and nobody
+-- holds a unit.
 local function settle(id)
   local state = field(id, 'state')
   if state ~= 'in_progress' and state ~= 'validating' then return false end
   if redis.call('HLEN', key(id, 'leases')) > 0 then return false end
   local stopped = field(id, 'stop_reason')
-  local done = state == 'in_progress'
+  local done = state == 'in_progress' and not field(id, 'listing')
     and tonumber(field(id, 'committed') or 0) >= tonumber(field(id, 'chunks') or 0)
   if not stopped and not done then return false end
   transition(id, 'finalizing')
@@ -108,6 +109,11 @@ local function settle(id)
   enter_lane(id, CONTROL)
   offer(id, 'final', 0)
   return true
+end
+
+-- Uploads are kept while a batch that reads them is named as their user.
+local function let_go(id, files)
+  for _, file in ipairs(files) do redis.call('SREM', P .. 'users:' .. file, id) end
 end
 
 local function holder(id, unit)

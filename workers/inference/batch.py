@@ -37,16 +37,14 @@ from workers.inference.batch_lines import (
     error_line,
     item_id,
     output_line,
-    parse_line,
     problem_of,
-    read_chunk,
-    split_lines,
 )
+from workers.inference.chunk_input import ChunkInput
 from workers.inference.engines.base import Answer, Completion, Prompt
 from workers.inference.engines.flight import Flight
 from workers.inference.engines.standby import Standby
 from workers.inference.journal import Journal
-from workers.inference.prompts import ReadImage, build_prompt
+from workers.inference.prompts import build_prompt
 from workers.inference.suspects import alone, engines_lock, retry_suspects, together
 
 _GROUP_ITEMS = 64
@@ -85,27 +83,24 @@ class ChunkRun:
         lease: Lease,
         *,
         batch_dir: Path,
-        source: Path,
+        manifest: Manifest,
+        chunk_input: ChunkInput,
         model: ModelRecord | None,
-        knows_model: Callable[[str], bool],
         settings: Settings,
         flight: Flight,
-        read_image: ReadImage,
         keep_going: KeepGoing,
     ) -> None:
         self._lease = lease
         self._batch_dir = batch_dir
-        self._source = source
+        self._input = chunk_input
         self._model = model
-        self._knows_model = knows_model
         self._name = lease.model
         self._settings = settings
         self._flight = flight
-        self._read_image = read_image
         self._keep_going = keep_going
         self._standby = Standby(settings.run_dir, lease.model)
-        self._manifest = Manifest(batch_dir)
-        self._chunk = self._manifest.chunk(int(lease.unit))
+        self._manifest = manifest
+        self._chunk = manifest.chunk(int(lease.unit))
         self._items: dict[int, _Item] = {}
         self._suspects: list[Prompt] = []
         self._asked: dict[int, Prompt] = {}
@@ -125,7 +120,7 @@ class ChunkRun:
         StorageFailed, and whatever ``keep_going`` raises. The engines are told to forget what they
         still had.
         """
-        lines = split_lines(read_chunk(self._source, self._chunk), self._chunk.first_line)
+        lines = self._input.lines(self._chunk)
         try:
             if self._lease.attempts >= self._settings.queue.max_chunk_attempts:
                 self._fail_all(lines, WorkerCrashed())
@@ -154,14 +149,7 @@ class ChunkRun:
         duplicates = self._manifest.duplicates(first, last)
         for line in lines:
             try:
-                request = parse_line(
-                    line,
-                    endpoint=self._lease.spec.endpoint,
-                    model=self._name,
-                    knows_model=self._knows_model,
-                    duplicates=duplicates,
-                    max_line_bytes=self._settings.queue.max_line_bytes,
-                )
+                request = self._input.parse(line, duplicates)
             except VlmqError as error:
                 self._fail(line, line.custom_id(), error)
                 self._problems.append(problem_of(line, error))
@@ -209,13 +197,8 @@ class ChunkRun:
                 return None
             journal.enter(number)
         try:
-            return build_prompt(
-                number,
-                item.request.body,
-                defaults,
-                self._read_image,
-                limits=self._settings.images,
-            )
+            body, read_image = self._input.complete(item.line, item.request)
+            return build_prompt(number, body, defaults, read_image, limits=self._settings.images)
         except InvalidRequest as error:
             self._fail(item.line, item.request.custom_id, error)
             return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,13 +19,14 @@ from shared.clock import unix_now
 from shared.errors import BatchCancelled, BatchExpired, StorageFailed, VlmqError
 from shared.files import OUTPUT_PURPOSE, FileRecord, FileStore
 from shared.ids import derived_id
-from shared.jobs import BatchSpec, BatchState, StopReason
+from shared.jobs import Batch, BatchSpec, BatchState, StopReason
 from shared.leases import Lease
 from shared.manifest import Chunk, Manifest
 from shared.results import IndexWriter
 from shared.shards import copy_errors, copy_output, read_header, shard_path
 from shared.storage import Layout, atomic_file, remove_tree, storage_errors, write_all
-from workers.inference.batch_lines import error_line, item_id, read_chunk, split_lines
+from workers.inference.batch_lines import error_line, item_id
+from workers.inference.chunk_input import input_path, lines_of
 from workers.keeper import until_answered
 
 _TICK_EVERY = 16
@@ -49,7 +51,7 @@ def finalize(
     """
     spec = lease.spec
     batch = batches.get(spec.owner, spec.id)
-    join = _Join(lease, batch.stop_reason, batches, layout, keep_going)
+    join = _Join(lease, batch, batches, layout, keep_going)
     totals = _Totals()
     output = _write(spec, "output", layout, files, lambda target: join.output(target, totals))
     errors = _write(spec, "errors", layout, files, lambda target: join.errors(target, totals))
@@ -87,18 +89,22 @@ class _Join:
     def __init__(
         self,
         lease: Lease,
-        stopped: StopReason | None,
+        batch: Batch,
         batches: BatchStore,
         layout: Layout,
         keep_going: Callable[[], None],
     ) -> None:
         spec = self._spec = lease.spec
+        stopped = batch.stop_reason
         self._folder = batches.folder(spec.id)
         self._commits = batches.commits(lease)
-        planned = Manifest.exists(self._folder)
-        self._manifest = Manifest(self._folder) if planned else None
-        self.index = IndexWriter(self._manifest.plan.chunks if self._manifest else 0)
-        self._source = layout.file_dir(spec.input_file_id) / "content"
+        self._manifest = Manifest(self._folder) if Manifest.exists(self._folder) else None
+        self._planned = self._manifest.plan.chunks if self._manifest else 0
+        if spec.source is not None:
+            # A listing that was stopped may have written more than was ever told.
+            self._planned = min(self._planned, batch.chunks)
+        self.index = IndexWriter(self._planned)
+        self._source = input_path(spec, layout)
         self._never_ran: type[VlmqError] = BatchExpired if stopped == "expired" else BatchCancelled
         self._keep_going = keep_going
 
@@ -132,17 +138,17 @@ class _Join:
     def _undone(self, done: set[int]) -> Iterator[Chunk]:
         if self._manifest is None:
             return
-        for chunk in self._manifest.chunks():
+        for chunk in islice(self._manifest.chunks(), self._planned):
             if chunk.index not in done:
                 self._keep_going()
                 yield chunk
 
     def _write_undone(self, chunk: Chunk, target: BinaryIO) -> int:
-        data = read_chunk(self._source, chunk)
+        assert self._manifest is not None, "only a planned batch has chunks"
         error = self._never_ran()
         lines = [
             error_line(item_id(self._spec.id, line.number), line.custom_id(), error, in_batch=True)
-            for line in split_lines(data, chunk.first_line)
+            for line in lines_of(self._spec, self._manifest, self._source)(chunk)
         ]
         text = b"".join(lines)
         write_all(target, text)

@@ -1,0 +1,210 @@
+"""Listing an image set: its entries stream into the manifest, and chunks of them become claimable.
+
+Memory does not grow with the set. Whoever lists may die at any moment; the next one goes on behind the
+last entry that was published.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from shared.captions import CaptionSource
+from shared.errors import (
+    ImageSetUnreadable,
+    ModelNotFound,
+    QueueUnavailable,
+    VlmqError,
+    WorkerCrashed,
+)
+from shared.jobs import BatchProblem
+from shared.leases import Lease, model_lane
+from shared.listing import ListingWriter
+from shared.log import get_logger
+from shared.settings import QueueSettings
+from shared.storage import storage_errors
+from shared.stores import Stores
+from workers.inference.image_files import ImageRoots
+from workers.inference.image_sources import OpenUpload
+from workers.inference.listing_base import IMAGE_SUFFIXES, Found, Surroundings
+from workers.inference.listing_sources import find_images
+from workers.keeper import until_answered
+
+log = get_logger(__name__)
+
+PUBLISH_S = 1.0
+"""How often what was listed becomes claimable."""
+FIRST_PUBLISH_S = 0.1
+SLICE_S = 10.0
+"""How long a listing may go on, once it has published something, while other work waits."""
+_TICK_EVERY = 256
+
+
+class ListingPaused(VlmqError):
+    """The listing gives its worker to others for a while."""
+
+    code = "listing_paused"
+
+
+class NothingListed(VlmqError):
+    """The set holds no images, or cannot be read: nothing of it can be run."""
+
+    def __init__(self, problem: BatchProblem) -> None:
+        self.problem = problem
+        super().__init__(problem.message)
+
+
+class Listing:
+    """One worker's part in listing the image set of the batch that ``lease`` is about.
+
+    ``keep_going`` may raise to stop; ``draining`` says whether to stop at the next good moment.
+    """
+
+    def __init__(
+        self,
+        lease: Lease,
+        source: CaptionSource,
+        stores: Stores,
+        open_upload: OpenUpload,
+        *,
+        keep_going: Callable[[], None],
+        draining: Callable[[], bool],
+    ) -> None:
+        self._lease = lease
+        self._source = source
+        self._stores = stores
+        self._open_upload = open_upload
+        self._keep_going = keep_going
+        self._draining = draining
+        self._folder = stores.batches.folder(lease.batch_id)
+        self._publish_at = time.monotonic() + FIRST_PUBLISH_S
+        self._pause_at: float | None = None
+        self._chunks_told = 0
+
+    def run(self) -> None:
+        """List until the end.
+
+        Raises: NothingListed; ListingPaused; StorageFull, StorageFailed, QueueUnavailable; the unit may
+        then be tried again.
+        """
+        with ListingWriter(self._folder, self._lease.token, self._source.model) as writer:
+            if writer.plan.complete:
+                self._tell(writer)  # only this was left to do
+                return
+            self._chunks_told = writer.chunks
+            self._check(writer)
+            scratch = self._scratch()
+            try:
+                self._list(writer, scratch)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def _check(self, writer: ListingWriter) -> None:
+        """Raise NothingListed, or note what keeps the listing from going on."""
+        settings, owner = self._stores.settings.queue, self._lease.spec.owner
+        if writer.total == 0 and not self._stores.models.knows(self._source.model, owner):
+            error = ModelNotFound(f"there is no model '{self._source.model}'", param="model")
+            raise NothingListed(_problem(error))
+        if self._lease.attempts >= settings.max_chunk_attempts:
+            message = "listing the image set kept failing"
+            if writer.total == 0:
+                raise NothingListed(BatchProblem(WorkerCrashed.code, message))
+            message += f"; what comes after its first {writer.total:,} images was not listed"
+            writer.note(BatchProblem(WorkerCrashed.code, message))
+
+    def _list(self, writer: ListingWriter, scratch: Path) -> None:
+        cursor = writer.plan.cursor
+        if not writer.problems:
+            try:
+                for found in find_images(self._source, cursor, self._around(scratch)):
+                    cursor = found.cursor
+                    self._add(writer, found)
+            except ImageSetUnreadable as error:
+                if writer.total == 0:
+                    raise NothingListed(_problem(error)) from None
+                writer.note(_problem(error))
+        if writer.total == 0:
+            kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+            raise NothingListed(
+                BatchProblem(
+                    ImageSetUnreadable.code,
+                    f"the set holds no images, by the names of its files ({kinds}); archives in a "
+                    "folder are listed if a pattern such as FOLDER/*.tar names them",
+                    "images",
+                )
+            )
+        self._publish(writer, cursor, complete=True)
+        log.info("image_set_listed", batch_id=self._lease.batch_id, images=writer.total)
+
+    def _around(self, scratch: Path) -> Surroundings:
+        images = self._stores.settings.images
+        return Surroundings(
+            roots=ImageRoots(images.roots, images.max_bytes),
+            open_upload=self._open_upload,
+            scratch=scratch,
+            keep_going=self._keep_going,
+            max_image_bytes=images.max_bytes,
+            columns=self._source.columns,
+        )
+
+    def _add(self, writer: ListingWriter, found: Found) -> None:
+        settings = self._stores.settings.queue
+        writer.add(found.entry, found.place)
+        if writer.filling >= _fair(writer.total, settings) or (
+            writer.filling_bytes > settings.chunk_bytes
+        ):
+            writer.close_chunk()
+        if writer.total % _TICK_EVERY == 0:
+            self._keep_going()
+        if time.monotonic() >= self._publish_at:
+            self._publish(writer, found.cursor, complete=False)
+            self._pause()
+
+    def _publish(self, writer: ListingWriter, cursor: object, *, complete: bool) -> None:
+        writer.close_chunk()
+        writer.publish(cursor, complete=complete)
+        self._tell(writer)
+        self._publish_at = time.monotonic() + PUBLISH_S
+
+    def _tell(self, writer: ListingWriter) -> None:
+        """Let Redis, and then whoever waits, know of the chunks."""
+        plan = writer.plan
+        until_answered(lambda: self._stores.batches.listed(self._lease, plan), self._keep_going)
+        new, self._chunks_told = plan.chunks - self._chunks_told, plan.chunks
+        try:
+            window = self._stores.settings.queue.ticket_window
+            self._stores.tickets.batch(plan.model, min(new, window))
+        except QueueUnavailable:
+            log.warning("ticket_not_published")  # the reaper publishes what is missing
+
+    def _pause(self) -> None:
+        """Give the unit back if this worker is wanted for something else."""
+        now = time.monotonic()
+        if self._pause_at is None:
+            self._pause_at = now + SLICE_S
+        if self._draining():
+            raise ListingPaused()
+        if now < self._pause_at:
+            return
+        self._pause_at = now + SLICE_S
+        if self._stores.leases.demand(model_lane(self._source.model), limit=1):
+            raise ListingPaused()
+
+    def _scratch(self) -> Path:
+        with storage_errors(self._folder):
+            for stale in self._folder.glob("planning-*"):
+                shutil.rmtree(stale, ignore_errors=True)  # what a killed listing left
+            return Path(tempfile.mkdtemp(prefix="planning-", dir=self._folder))
+
+
+def _fair(total: int, settings: QueueSettings) -> int:
+    """How many entries the chunk should have that ends after ``total``: more as the set grows."""
+    fair = total // settings.spread_chunks
+    return min(settings.chunk_items, max(settings.min_chunk_items, fair))
+
+
+def _problem(error: VlmqError) -> BatchProblem:
+    return BatchProblem(error.code, error.message, error.param)

@@ -1,0 +1,54 @@
+"""What all listings of image sets share: what they find, what they may use, and names of images."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from shared.captions import Entry, Place
+from workers.inference.image_files import ImageRoots
+from workers.inference.image_sources import OpenUpload
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+    # Not read, but images all the same: each is told about by an error line of its own.
+    | {".heic", ".heif", ".avif", ".jxl"}
+)
+ARCHIVE_SUFFIXES = frozenset({".tar", ".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"})
+
+
+class Found(NamedTuple):
+    """An entry, its place, and where a listing goes on behind it (a JSON value)."""
+
+    entry: Entry
+    place: Place
+    cursor: Any
+
+
+class Surroundings(msgspec.Struct, frozen=True):
+    """What a listing may use.
+
+    ``scratch`` is a folder that goes when the listing ends. ``keep_going`` is called every few
+    thousand names and may raise to stop. ``columns`` are those whose texts the template needs.
+    """
+
+    roots: ImageRoots
+    open_upload: OpenUpload
+    scratch: Path
+    keep_going: Callable[[], None]
+    max_image_bytes: int
+    columns: tuple[str, ...]
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is an image by its name."""
+    return posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def is_archive_name(name: str) -> bool:
+    """Whether a file is an archive by its name."""
+    return posixpath.splitext(name)[1].lower() in ARCHIVE_SUFFIXES
