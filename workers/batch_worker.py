@@ -165,7 +165,11 @@ class BatchWorker:
     ) -> ChunkInput:
         spec = lease.spec
         if spec.source is not None:
-            images = EntryImages(self._settings.images, upload_opener(self._stores, spec.owner))
+            images = EntryImages(
+                self._settings.images,
+                upload_opener(self._stores, spec.owner),
+                self._images.load_url,
+            )
             return ImageSetInput(spec.source, manifest, images, self._images.preparer(tiling))
         source = input_path(spec, self._stores.layout)
         assert source is not None, "a batch has an input file or an image set"

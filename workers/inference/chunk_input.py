@@ -38,6 +38,10 @@ class ChunkInput(Protocol):
         """What is asked, and how its images are read; may read from disk. Raises: InvalidRequest."""
         ...
 
+    def close(self) -> None:
+        """Nothing more is read."""
+        ...
+
 
 class FileInput:
     """The lines of a JSONL file, each a request as it is."""
@@ -77,6 +81,9 @@ class FileInput:
     def complete(self, line: Line, request: BatchLine) -> tuple[ChatRequest, ReadImage]:
         """The request is complete."""
         return request.body, self._read_image
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class _EntryLine(Line, frozen=True):
@@ -131,6 +138,10 @@ class ImageSetInput:
         texts = self._images.texts(entry, place, self._asked.columns)
         body = request_of(self._source, self._asked.fill(texts))
         return body, lambda _, detail: self._prepare(self._images.load(entry, place), detail)
+
+    def close(self) -> None:
+        """Close the archives."""
+        self._images.close()
 
     def _place(self, offset: int) -> Place:
         if offset not in self._places:

@@ -12,7 +12,7 @@ from shared.log import get_logger
 from shared.stores import Stores
 from workers.inference.chunk_input import input_path
 from workers.inference.finalizing import finalize
-from workers.inference.listing import Listing, NothingListed
+from workers.inference.listing import Listing
 from workers.inference.planning import Rejected, plan_batch
 from workers.inference.uploads import upload_opener
 from workers.keeper import Keeper, until_answered
@@ -65,8 +65,8 @@ def list_images(
     )
     try:
         listing.run()
-    except NothingListed as nothing:
-        _reject(lease, stores, keeper, 0, nothing.problem)
+    except Rejected as rejection:
+        _reject(lease, stores, keeper, rejection.total, rejection.problem)
 
 
 def _reject(

@@ -7,32 +7,76 @@ not as it was when the set was listed is an error of that entry.
 from __future__ import annotations
 
 import json
+import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from shared.captions import Entry, Place, unescape_name
-from shared.errors import ImageError, ImageNotFound, ImageTooLarge, TextMissing
+from shared.errors import (
+    ConfigurationError,
+    ImageError,
+    ImageNotFound,
+    ImageSetUnreadable,
+    ImageTooLarge,
+    ImageTruncated,
+    ImageUnreadable,
+    TextMissing,
+)
 from shared.settings import ImageSettings
+from shared.storage import storage_errors
 from workers.inference.image_files import ImageRoots, Seen, read_file, shown
 from workers.inference.image_sources import OpenUpload
+from workers.inference.tables import Table, image_in
+from workers.inference.zip_members import read_member
 
 MAX_SIDECAR_BYTES = 1 << 20
+_MAX_OPEN = 4
+"""Archives that stay open; entries come one archive after the other."""
+_MAX_ROWS_PASSED = 1024
+"""Rows of a table that are rather passed over than looked for from the beginning."""
 
 
 class EntryImages:
-    """Reads for one owner. Every method may raise StorageFailed if the disk fails."""
+    """Reads for one owner, one chunk after the other; close it when nobody reads any more.
 
-    def __init__(self, settings: ImageSettings, open_upload: OpenUpload) -> None:
+    ``load_url`` gets an image from an image server. Every method may raise StorageFailed if the disk
+    fails.
+    """
+
+    def __init__(
+        self,
+        settings: ImageSettings,
+        open_upload: OpenUpload,
+        load_url: Callable[[str], bytes],
+    ) -> None:
         self._roots = ImageRoots(settings.roots, settings.max_bytes)
         self._texts = ImageRoots(settings.roots, MAX_SIDECAR_BYTES)
         self._max_bytes = settings.max_bytes
         self._open_upload = open_upload
+        self._load_url = load_url
+        self._opened: dict[Place, int] = {}
+        self._rows: TableRows | None = None
+
+    def close(self) -> None:
+        """Close the archives that are still open."""
+        self._rows = None
+        while self._opened:
+            os.close(self._opened.popitem()[1])
 
     def load(self, entry: Entry, place: Place) -> bytes:
         """The encoded image, not yet looked at. Raises: ImageError."""
-        if place.file is not None:
+        if entry.path is not None or place.type == "folder":
+            return self._load_file(entry, place)
+        if place.type == "image":
+            assert place.file is not None, "an image has a path or is an upload"
             return read_file(self._open_upload(place.file), entry.name, self._max_bytes)
-        return self._roots.read(path_of(entry, place), _seen(entry))
+        assert entry.offset is not None, "a member has an offset"
+        if place.type == "table":
+            return self._load_cell(entry, place, entry.offset)
+        assert entry.size is not None, "a member has a size"
+        return self._load_member(place, entry.offset, entry.size, entry.stored, entry.name)
 
     def texts(self, entry: Entry, place: Place, columns: Sequence[str]) -> dict[str, str]:
         """The texts of the columns that this entry has. Raises: TextMissing if one is unusable."""
@@ -44,26 +88,116 @@ class EntryImages:
                     found[column] = text
         return found
 
+    def _load_file(self, entry: Entry, place: Place) -> bytes:
+        path = path_of(entry, place)
+        return self._load_url(path) if is_url(path) else self._roots.read(path, _seen(entry))
+
+    def _load_member(
+        self, place: Place, offset: int, size: int, stored: int | None, name: str
+    ) -> bytes:
+        descriptor = self._archive(place)
+        with storage_errors(Path(place.path or place.file or "")):
+            if place.type == "zip":
+                return read_member(descriptor, offset, stored or 0, size, shown(name))
+            data = os.pread(descriptor, size, offset)
+        if len(data) < size:
+            raise ImageTruncated(f"the archive ends in the middle of {shown(name)}")
+        return data
+
+    def _load_cell(self, entry: Entry, place: Place, number: int) -> bytes:
+        descriptor = self._archive(place)
+        if self._rows is None or not self._rows.is_of(place, number):
+            self._rows = TableRows(place, descriptor, number)
+        try:
+            cell = self._rows.cell(number)
+        except (ImageSetUnreadable, ConfigurationError) as error:
+            raise ImageUnreadable(error.message) from None
+        image = image_in(cell, shown(entry.name))
+        if isinstance(image, str):
+            raise ImageUnreadable(f"the row of {shown(entry.name)} holds a path and no image")
+        if len(image) > self._max_bytes:
+            raise ImageTooLarge(
+                f"{shown(entry.name)} has more than the {self._max_bytes:,} bytes this server accepts "
+                "for an image"
+            )
+        return image
+
+    def _archive(self, place: Place) -> int:
+        """The open archive or table of a place, still as it was when it was listed."""
+        descriptor = self._opened.pop(place, None)
+        if descriptor is None:
+            while len(self._opened) >= _MAX_OPEN:
+                os.close(self._opened.pop(next(iter(self._opened))))
+            descriptor = self._open(place)
+        self._opened[place] = descriptor  # the latest last
+        if place.size is not None and place.mtime_ns is not None and place.file is None:
+            Seen(place.size, place.mtime_ns).check(descriptor, place.path or "")
+        return descriptor
+
+    def _open(self, place: Place) -> int:
+        if place.file is not None:
+            path = self._open_upload(place.file)
+            with storage_errors(path):
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with self._roots.opened(unescape_name(place.path or "")) as descriptor:
+            return os.dup(descriptor)
+
     def _sidecar(self, entry: Entry, place: Place, column: str) -> str | None:
         kind, _, field = column.partition(".")
         data = self._sidecar_bytes(entry, place, kind)
         return None if data is None else sidecar_text(data, column, field)
 
     def _sidecar_bytes(self, entry: Entry, place: Place, kind: str) -> bytes | None:
-        if place.type not in {"folder", "list", "image"} or place.file is not None:
+        if place.type in {"tar", "zip"}:
+            return self._sidecar_member(entry, place, kind)
+        if place.type == "table" or (place.file is not None and entry.path is None):
             return None
         path = path_of(entry, place)
+        if is_url(path):
+            return None
         try:
             return self._texts.read(f"{posixpath.splitext(path)[0]}.{kind}")
         except ImageNotFound:
             return None
         except ImageTooLarge:
-            raise TextMissing(
-                f"the .{kind} beside {shown(entry.name)} has more than {MAX_SIDECAR_BYTES:,} bytes",
-                param="template",
-            ) from None
+            raise _too_long(kind, entry.name) from None
         except ImageError as error:
             raise TextMissing(error.message, param="template") from None
+
+    def _sidecar_member(self, entry: Entry, place: Place, kind: str) -> bytes | None:
+        where = (entry.sidecars or {}).get(kind)
+        if where is None:
+            return None
+        offset, size, *stored = where
+        if max([size, *stored]) > MAX_SIDECAR_BYTES:
+            raise _too_long(kind, entry.name)
+        try:
+            return self._load_member(place, offset, size, stored[0] if stored else None, entry.name)
+        except ImageError as error:
+            raise TextMissing(error.message, param="template") from None
+
+
+class TableRows:
+    """The image column of a table from some row on; rows are asked for in their order."""
+
+    def __init__(self, place: Place, descriptor: int, start: int) -> None:
+        assert place.image_column is not None, "a table's place names its column"
+        self._place = place
+        self._column = place.image_column
+        self._next = start
+        self._rows = Table(descriptor).rows([self._column], start)
+
+    def is_of(self, place: Place, number: int) -> bool:
+        """Whether that row of that table can be had without beginning anew."""
+        return place == self._place and self._next <= number < self._next + _MAX_ROWS_PASSED
+
+    def cell(self, number: int) -> Any:
+        """The value of the row. Raises: ImageSetUnreadable."""
+        for found, values in self._rows:
+            self._next = found + 1
+            if found == number:
+                return values[self._column]
+        raise ImageSetUnreadable(f"the table has no row {number}")
 
 
 def path_of(entry: Entry, place: Place) -> str:
@@ -92,6 +226,11 @@ def sidecar_text(data: bytes, column: str, field: str) -> str | None:
     return as_text(value)
 
 
+def is_url(path: str) -> bool:
+    """Whether a path is an address of an image server instead."""
+    return path[:8].lower().startswith(("http://", "https://"))
+
+
 def as_text(value: object) -> str | None:
     """A value of a table or of JSON as a prompt shows it; ``None`` stays so."""
     if value is None or isinstance(value, str):
@@ -105,3 +244,10 @@ def _seen(entry: Entry) -> Seen | None:
     if entry.size is None or entry.mtime_ns is None:
         return None
     return Seen(entry.size, entry.mtime_ns)
+
+
+def _too_long(kind: str, name: str) -> TextMissing:
+    return TextMissing(
+        f"the .{kind} beside {shown(name)} has more than {MAX_SIDECAR_BYTES:,} bytes",
+        param="template",
+    )

@@ -112,7 +112,8 @@ class ImageRoots:
 
     def _holds(self, real: str) -> bool:
         return any(
-            real.startswith(root if root.endswith("/") else root + "/") for root in self._roots
+            real == root or real.startswith(root if root.endswith("/") else root + "/")
+            for root in self._roots
         )
 
     def _outside(self, path: str) -> ImageError:

@@ -10,9 +10,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
-from shared.captions import CaptionSource
+import msgspec
+
+from shared.captions import CaptionSource, Entry
 from shared.errors import (
     ImageSetUnreadable,
     ModelNotFound,
@@ -24,13 +28,17 @@ from shared.jobs import BatchProblem
 from shared.leases import Lease, model_lane
 from shared.listing import ListingWriter
 from shared.log import get_logger
+from shared.manifest import Manifest
 from shared.settings import QueueSettings
 from shared.storage import storage_errors
 from shared.stores import Stores
+from workers.inference.chunk_input import entry_lines
 from workers.inference.image_files import ImageRoots
 from workers.inference.image_sources import OpenUpload
 from workers.inference.listing_base import IMAGE_SUFFIXES, Found, Surroundings
 from workers.inference.listing_sources import find_images
+from workers.inference.planning import Rejected
+from workers.inference.seen_names import SeenNames
 from workers.keeper import until_answered
 
 log = get_logger(__name__)
@@ -41,6 +49,8 @@ FIRST_PUBLISH_S = 0.1
 SLICE_S = 10.0
 """How long a listing may go on, once it has published something, while other work waits."""
 _TICK_EVERY = 256
+_OF_ONE_NAME_EACH = frozenset({"folder", "image"})
+"""In other places two entries may have the same name."""
 
 
 class ListingPaused(VlmqError):
@@ -49,12 +59,35 @@ class ListingPaused(VlmqError):
     code = "listing_paused"
 
 
-class NothingListed(VlmqError):
-    """The set holds no images, or cannot be read: nothing of it can be run."""
+class _Names:
+    """Makes names unique; nothing is kept for sources whose names are."""
 
-    def __init__(self, problem: BatchProblem) -> None:
-        self.problem = problem
-        super().__init__(problem.message)
+    def __init__(self, folder: Path, scratch: Path, listed: int) -> None:
+        self._folder = folder
+        self._scratch = scratch
+        self._listed = listed
+        self._opened = ExitStack()
+        self._seen: SeenNames | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def unique(self, entry: Entry, number: int) -> Entry:
+        """The entry, under a name that none before it has."""
+        if self._seen is None:
+            self._seen = self._opened.enter_context(SeenNames(self._scratch))
+            if self._listed:
+                self._remember(self._seen, Manifest(self._folder))
+        name = self._seen.unique(entry.name, number)
+        return entry if name == entry.name else msgspec.structs.replace(entry, name=name)
+
+    def _remember(self, seen: SeenNames, manifest: Manifest) -> None:
+        for chunk in manifest.chunks():
+            for line in entry_lines(manifest, chunk):
+                seen.add(line.custom_id() or "")
 
 
 class Listing:
@@ -87,7 +120,7 @@ class Listing:
     def run(self) -> None:
         """List until the end.
 
-        Raises: NothingListed; ListingPaused; StorageFull, StorageFailed, QueueUnavailable; the unit may
+        Raises: Rejected if nothing of it can be run; ListingPaused; StorageFull, StorageFailed, QueueUnavailable; the unit may
         then be tried again.
         """
         with ListingWriter(self._folder, self._lease.token, self._source.model) as writer:
@@ -103,15 +136,15 @@ class Listing:
                 shutil.rmtree(scratch, ignore_errors=True)
 
     def _check(self, writer: ListingWriter) -> None:
-        """Raise NothingListed, or note what keeps the listing from going on."""
+        """Raise Rejected, or note what keeps the listing from going on."""
         settings, owner = self._stores.settings.queue, self._lease.spec.owner
         if writer.total == 0 and not self._stores.models.knows(self._source.model, owner):
             error = ModelNotFound(f"there is no model '{self._source.model}'", param="model")
-            raise NothingListed(_problem(error))
+            raise Rejected(0, _problem(error))
         if self._lease.attempts >= settings.max_chunk_attempts:
             message = "listing the image set kept failing"
             if writer.total == 0:
-                raise NothingListed(BatchProblem(WorkerCrashed.code, message))
+                raise Rejected(0, BatchProblem(WorkerCrashed.code, message))
             message += f"; what comes after its first {writer.total:,} images was not listed"
             writer.note(BatchProblem(WorkerCrashed.code, message))
 
@@ -119,23 +152,21 @@ class Listing:
         cursor = writer.plan.cursor
         if not writer.problems:
             try:
-                for found in find_images(self._source, cursor, self._around(scratch)):
-                    cursor = found.cursor
-                    self._add(writer, found)
+                with _Names(self._folder, scratch, writer.total) as names:
+                    for found in find_images(self._source, cursor, self._around(scratch)):
+                        cursor = found.cursor
+                        self._add(writer, found, names)
             except ImageSetUnreadable as error:
                 if writer.total == 0:
-                    raise NothingListed(_problem(error)) from None
+                    raise Rejected(0, _problem(error)) from None
                 writer.note(_problem(error))
         if writer.total == 0:
             kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-            raise NothingListed(
-                BatchProblem(
-                    ImageSetUnreadable.code,
-                    f"the set holds no images, by the names of its files ({kinds}); archives in a "
-                    "folder are listed if a pattern such as FOLDER/*.tar names them",
-                    "images",
-                )
+            message = (
+                f"the set holds no images, by the names of its files ({kinds}); archives and tables "
+                "in a folder are listed if a pattern such as FOLDER/*.tar names them"
             )
+            raise Rejected(0, BatchProblem(ImageSetUnreadable.code, message, "images"))
         self._publish(writer, cursor, complete=True)
         log.info("image_set_listed", batch_id=self._lease.batch_id, images=writer.total)
 
@@ -150,9 +181,12 @@ class Listing:
             columns=self._source.columns,
         )
 
-    def _add(self, writer: ListingWriter, found: Found) -> None:
+    def _add(self, writer: ListingWriter, found: Found, names: _Names) -> None:
         settings = self._stores.settings.queue
-        writer.add(found.entry, found.place)
+        entry = found.entry
+        if found.place.type not in _OF_ONE_NAME_EACH:
+            entry = names.unique(entry, writer.total + 1)
+        writer.add(entry, found.place)
         if writer.filling >= _fair(writer.total, settings) or (
             writer.filling_bytes > settings.chunk_bytes
         ):

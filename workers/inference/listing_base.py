@@ -19,6 +19,7 @@ IMAGE_SUFFIXES = frozenset(
     | {".heic", ".heif", ".avif", ".jxl"}
 )
 ARCHIVE_SUFFIXES = frozenset({".tar", ".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"})
+TABLE_SUFFIXES = frozenset({".parquet", ".arrow", ".feather"})
 
 
 class Found(NamedTuple):
@@ -52,3 +53,8 @@ def is_image_name(name: str) -> bool:
 def is_archive_name(name: str) -> bool:
     """Whether a file is an archive by its name."""
     return posixpath.splitext(name)[1].lower() in ARCHIVE_SUFFIXES
+
+
+def is_set_name(name: str) -> bool:
+    """Whether a file holds images, as an archive or table, by its name."""
+    return is_archive_name(name) or posixpath.splitext(name)[1].lower() in TABLE_SUFFIXES

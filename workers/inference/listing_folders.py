@@ -19,7 +19,7 @@ from typing import NamedTuple
 from shared.captions import Entry, Place, escape_name, unescape_name
 from shared.errors import EntryRefused, ImageForbidden, ImageNotFound, StorageFailed
 from workers.inference.image_files import MISSING, REFUSED, shown
-from workers.inference.listing_base import Found, Surroundings, is_archive_name, is_image_name
+from workers.inference.listing_base import Found, Surroundings, is_image_name, is_set_name
 from workers.inference.sorted_names import sorted_names
 
 MAX_DEPTH = 200
@@ -187,7 +187,7 @@ def _mark(entry: os.DirEntry[str]) -> str | None:
         return _LINK
     if entry.is_dir(follow_symlinks=False):
         return _FOLDER
-    wanted = is_image_name(entry.name) or is_archive_name(entry.name)
+    wanted = is_image_name(entry.name) or is_set_name(entry.name)
     return _FILE if wanted and entry.is_file(follow_symlinks=False) else None
 
 
@@ -245,7 +245,7 @@ def _look_at_link(descriptor: int, name: str, inside: str, root: str) -> FoundFi
             return FoundFile(inside) if is_image_name(name) else None
         raise StorageFailed(f"reading {shown(inside)} failed: {error.strerror}") from error
     if not stat.S_ISDIR(status.st_mode):
-        return FoundFile(inside) if is_image_name(name) or is_archive_name(name) else None
+        return FoundFile(inside) if is_image_name(name) or is_set_name(name) else None
     target = os.path.realpath(f"/proc/self/fd/{descriptor}/{name}")
     if f"{target}/".startswith(f"{root}/") or f"{root}/".startswith(f"{target}/"):
         return None  # what is in it is listed where it really is

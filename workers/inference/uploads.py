@@ -37,6 +37,10 @@ class OwnedImages:
         """
         return lambda data, detail: self._images.prepare(data, detail, tiling())
 
+    def load_url(self, url: str) -> bytes:
+        """The encoded image at an http(s) URL, not yet looked at. Raises: ImageError."""
+        return self._images.load(url)
+
     def close(self) -> None:
         """Close idle connections to image servers."""
         self._images.close()
