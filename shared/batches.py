@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from shared.caption_sets import set_id
 from shared.captions import CaptionSource
 from shared.clock import unix_now
 from shared.connection import PREFIX, Connection
@@ -23,6 +24,7 @@ from shared.errors import (
     LeaseLost,
     NotFound,
     QueueUnavailable,
+    SyncInProgress,
     VlmqError,
 )
 from shared.files import FileRecord
@@ -94,7 +96,8 @@ class BatchStore:
     ) -> Batch:
         """Record a batch of a file or of an image set, and put it in line to be planned.
 
-        Raises: StorageFull, QueueUnavailable (then nothing is left of it).
+        Raises: StorageFull, QueueUnavailable; SyncInProgress if another one syncs this image set. Then
+        nothing is left of it.
         """
         require_space(self._layout.batches, self._min_free_bytes)
         now = unix_now()
@@ -125,18 +128,28 @@ class BatchStore:
         return self.get(owner, spec.id)
 
     def enter(self, spec: BatchSpec) -> None:
-        """Put a recorded batch into Redis, to be planned. Does nothing if it is there already."""
+        """Put a recorded batch into Redis, to be planned. Does nothing if it is there already.
+
+        Raises: SyncInProgress if another one syncs its image set.
+        """
         encoded = msgspec.json.encode(spec)
         created_ms = spec.created_at * 1000
-        self._scripts(
+        other = self._scripts(
             "create",
             spec.id,
             spec.owner,
             encoded,
             created_ms,
             spec.expires_at,
+            synced_set(spec),
             *spec.files_used,
         )
+        if isinstance(other, bytes):
+            raise SyncInProgress(
+                f"the batch '{other.decode()}' is syncing this image set; wait until it has ended, or "
+                "cancel it",
+                param="sync",
+            )
 
     def get(self, owner: str, batch_id: str) -> Batch:
         """The batch as it is now. Raises: NotFound, for somebody else's too."""
@@ -217,6 +230,7 @@ class BatchStore:
             plan.chunks,
             plan.total,
             int(plan.complete),
+            *_sync_counts(plan),
             *problems_of(plan),
         )
         if done:
@@ -350,6 +364,19 @@ class BatchStore:
             _decode(fields, problems) if fields else None
             for fields, problems in zip(rows[::2], rows[1::2], strict=True)
         ]
+
+
+def synced_set(spec: BatchSpec) -> str:
+    """The set that a batch syncs, or else nothing."""
+    if spec.source is None or spec.source.sync is None:
+        return ""
+    return set_id(spec.owner, spec.source)
+
+
+def _sync_counts(plan: Plan) -> tuple[int, int, int]:
+    if plan.sync is None:
+        return 0, 0, 0
+    return plan.sync.known, plan.sync.duplicates, plan.sync.passed
 
 
 def _decode(fields: dict[bytes, bytes], problems: Sequence[bytes]) -> Batch:

@@ -43,6 +43,34 @@ class ImagePlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     name_column: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
 
 
+class Sync(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """That a set is captioned again and again, each time only what is new or changed.
+
+    ``name`` is what the set is called, wherever its images are; without it the places are the set.
+    ``rehash``: read every file, also those whose size and time are as before. ``only_new``: no lines for
+    images that have their captions under their present names.
+    """
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] | None = None
+    rehash: bool = False
+    only_new: bool = False
+
+
+class SyncPlan(msgspec.Struct, frozen=True):
+    """What a listing makes of a :class:`Sync`.
+
+    ``generation`` is the number of what the set's index will learn from it, ``model`` the
+    fingerprint of the model that is asked. Entries so far: ``known`` have captions from before,
+    ``duplicates`` are the same as an earlier one, ``passed`` are left out.
+    """
+
+    generation: int
+    model: str
+    known: int = 0
+    duplicates: int = 0
+    passed: int = 0
+
+
 class CaptionSource(GenerationParameters, frozen=True, forbid_unknown_fields=False, kw_only=True):
     """An image set, and what is asked about each image of it.
 
@@ -55,6 +83,7 @@ class CaptionSource(GenerationParameters, frozen=True, forbid_unknown_fields=Fal
     template: str | None = None
     system: str | None = None
     detail: Literal["auto", "low", "high"] = "auto"
+    sync: Sync | None = None
 
     @property
     def file_ids(self) -> list[str]:
@@ -84,6 +113,11 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     member takes in the archive. ``texts`` are the columns' values; ``sidecars`` say where texts are:
     offset and size, and for zip what they take in the archive.
     ``refused`` is a code and a message: the image cannot be used.
+
+    Only in a sync: ``content`` is the SHA-256 of the image's bytes in hexadecimal; ``known`` says that
+    the set's index has a caption for it, ``same_as`` is the number of the first line that is asked the same
+    about the same bytes. ``noted`` says that the index has size and time already; ``young``, that they are
+    too recent to tell a later change by.
     """
 
     name: str
@@ -96,6 +130,11 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     texts: dict[str, str] | None = None
     sidecars: dict[str, list[int]] | None = None
     refused: tuple[str, str] | None = None
+    content: str | None = None
+    known: bool = False
+    same_as: int | None = None
+    noted: bool = False
+    young: bool = False
 
     def error(self) -> VlmqError | None:
         """Why the image cannot be used, if that was clear when the set was listed."""

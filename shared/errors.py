@@ -279,6 +279,12 @@ class TextMissing(InvalidRequest):
     code = "text_missing"
 
 
+class SyncInProgress(InvalidRequest):
+    """Another batch is syncing this image set."""
+
+    code = "sync_in_progress"
+
+
 class ImageSetUnreadable(InvalidRequest):
     """The image set cannot be listed."""
 

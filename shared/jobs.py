@@ -107,6 +107,12 @@ class Batch(BatchSpec, frozen=True, kw_only=True):
     chunks: int = 0
     listing: bool = False
     """Whether more of its image set is to come."""
+    known: int = 0
+    """Of a sync: images that have captions from before."""
+    duplicates: int = 0
+    """Of a sync: images that are the same as an earlier one."""
+    passed: int = 0
+    """Of a sync of what is new only: images that are left out."""
     problems: list[BatchProblem] = []
     output_file_id: str | None = None
     error_file_id: str | None = None

@@ -64,6 +64,8 @@ class ListingWriter:
         self.plan = Plan(model, 0, 0, complete=False)
         if latest is not None:
             self.plan = Manifest(folder).plan
+        self.sync = self.plan.sync
+        """What becomes of a set that is synced; the plan has it once it is published."""
         self._before = latest
         self._problems = list(self.plan.problems)
         self._chunks = self.plan.chunks
@@ -156,6 +158,7 @@ class ListingWriter:
             parts=self._parts(),
             cursor=cursor,
             problems=self._problems,
+            sync=self.sync,
         )
         write_json(part_path(self._folder, self._token, "plan.json"), self.plan)
         return self.plan

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from shared.captions import SyncPlan
 from shared.errors import StorageFailed
 from shared.jobs import BatchProblem
 from shared.storage import atomic_file, read_json, storage_errors, sync_folder, write_json
@@ -71,7 +72,8 @@ class Plan(msgspec.Struct, frozen=True):
     """What planning found, or has found so far.
 
     Only the plan of an image set has the rest: ``parts`` say whose entries are whose, the last one's
-    token is that of the plan's own files. ``cursor`` is where its listing goes on.
+    token is that of the plan's own files. ``cursor`` is where its listing goes on. ``sync`` is that of a
+    set that is synced.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Plan(msgspec.Struct, frozen=True):
     parts: list[Part] = []
     cursor: Any = None
     problems: list[BatchProblem] = []
+    sync: SyncPlan | None = None
 
 
 class ManifestWriter:

@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
-from shared.batches import BatchStore
+from shared.batches import BatchStore, synced_set
 from shared.connection import PREFIX, Connection
-from shared.errors import StorageFailed
+from shared.errors import StorageFailed, SyncInProgress
 from shared.files import FileRecord, FileStore
 from shared.finetune_store import FinetuneStore, used_by
 from shared.jobs import Batch, BatchProblem, BatchSpec, BatchState
@@ -101,7 +101,7 @@ class Rebuild:
         for folder in folders:
             try:
                 restore(folder)
-            except (StorageFailed, msgspec.ValidationError) as error:
+            except (StorageFailed, SyncInProgress, msgspec.ValidationError) as error:
                 self.report.damaged.append(f"{folder.name}: {error}")
 
     def _protect_input(self, folder: Path) -> None:
@@ -177,6 +177,12 @@ class Rebuild:
             fields["listing"] = 1
         if plan.parts:
             fields["listing_problems"] = len(plan.problems)
+        if plan.sync is not None:
+            fields["known"] = plan.sync.known
+            fields["duplicates"] = plan.sync.duplicates
+            fields["passed"] = plan.sync.passed
+        if synced_set(spec):
+            fields["syncs"] = synced_set(spec)
         stop = read_json(folder / "stop.json")
         if stop is not None:
             fields["stop_reason"] = stop["reason"]

@@ -33,6 +33,7 @@ class Layout:
         self.models = data_dir / "models"
         self.checkpoints = data_dir / "checkpoints"
         self.finetunes = data_dir / "finetunes"
+        self.captions = data_dir / "captions"
         self.keys = data_dir / "keys.json"
 
     def file_dir(self, file_id: str) -> Path:
@@ -46,6 +47,10 @@ class Layout:
     def finetune_dir(self, job_id: str) -> Path:
         """The folder of one fine-tune."""
         return self.finetunes / job_id
+
+    def caption_set_dir(self, set_id: str) -> Path:
+        """The folder of what is known of one image set that is synced."""
+        return self.captions / set_id
 
     def create(self) -> None:
         """Make the folders, readable by this user only (they hold people's images)."""

@@ -80,17 +80,28 @@ class ListingState(BaseModel):
     images: int
 
 
+class SyncState(BaseModel):
+    """What a sync found so far: images with captions from before, the same as an earlier one, and
+    left out. Nothing of these is asked again."""
+
+    known: int
+    duplicates: int
+    passed: int
+
+
 class BatchExtras(BaseModel):
     """What OpenAI's object has no room for.
 
     ``warning`` is the code of a passing trouble, ``retry_of`` the batch whose failed lines these
-    are. Only a caption job has ``captions``, what it was asked, and ``listing``.
+    are. Only a caption job has ``captions``, what it was asked, and ``listing``; only one that syncs
+    its set has ``sync``.
     """
 
     warning: str | None
     retry_of: str | None
     captions: dict[str, Any] | None
     listing: ListingState | None
+    sync: SyncState | None
 
 
 class BatchObject(BaseModel):
@@ -156,6 +167,7 @@ class BatchObject(BaseModel):
                 retry_of=batch.retry_of,
                 captions=None if batch.source is None else msgspec.to_builtins(batch.source),
                 listing=_listing(batch),
+                sync=_sync(batch),
             ),
         )
 
@@ -170,8 +182,16 @@ def _status(batch: Batch) -> str:
 def _listing(batch: Batch) -> ListingState | None:
     if batch.source is None:
         return None
-    complete = batch.chunks > 0 and not batch.listing
+    # A sync may find that there is nothing to do; it is listed once it is no longer validated.
+    begun = batch.chunks > 0 or batch.passed > 0
+    complete = begun and not batch.listing
     return ListingState(complete=complete, images=batch.total)
+
+
+def _sync(batch: Batch) -> SyncState | None:
+    if batch.source is None or batch.source.sync is None:
+        return None
+    return SyncState(known=batch.known, duplicates=batch.duplicates, passed=batch.passed)
 
 
 def _problems(batch: Batch) -> dict[str, Any] | None:

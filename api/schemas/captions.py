@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from shared.captions import MAX_PLACES, MAX_TEXT, CaptionSource, ImagePlace, parameters_of
+from shared.captions import MAX_PLACES, MAX_TEXT, CaptionSource, ImagePlace, Sync, parameters_of
 from shared.chat import GenerationParameters, explain
 from shared.errors import InvalidJson, InvalidValue
 
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TEXT)]
+_SetName = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 _Metadata = Annotated[
     dict[Annotated[str, msgspec.Meta(max_length=64)], Annotated[str, msgspec.Meta(max_length=512)]],
     msgspec.Meta(max_length=16),
@@ -33,6 +34,7 @@ class CreateCaptions(GenerationParameters, frozen=True, forbid_unknown_fields=Tr
     template: _Text | None = None
     system: _Text | None = None
     detail: Literal["auto", "low", "high"] = "auto"
+    sync: bool | _SetName | Sync = False
     completion_window: Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,4}[mhd]$")] = "24h"
     metadata: _Metadata | None = None
     output_expires_after: OutputExpiry | None = None
@@ -43,6 +45,13 @@ class CreateCaptions(GenerationParameters, frozen=True, forbid_unknown_fields=Tr
         given = self.images if isinstance(self.images, list) else [self.images]
         return [place_of(item) if isinstance(item, str) else item for item in given]
 
+    @property
+    def _sync(self) -> Sync | None:
+        """How the set is synced, in full."""
+        if isinstance(self.sync, bool):
+            return Sync() if self.sync else None
+        return Sync(name=self.sync) if isinstance(self.sync, str) else self.sync
+
     def source(self) -> CaptionSource:
         """The record of what is asked."""
         return CaptionSource(
@@ -52,6 +61,7 @@ class CreateCaptions(GenerationParameters, frozen=True, forbid_unknown_fields=Tr
             template=self.template,
             system=self.system,
             detail=self.detail,
+            sync=self._sync,
             **parameters_of(self),
         )
 

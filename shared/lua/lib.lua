@@ -77,6 +77,27 @@ local function enter_lane(id, lane)
   redis.call('SADD', P .. 'lanes', lane)
 end
 
+-- A set of images is synced by one batch at a time. Answers which other one has it, if one does.
+local function take_set(id, set)
+  if set == '' then return nil end
+  local name = P .. 'syncing:' .. set
+  local other = redis.call('GET', name)
+  if other and other ~= id then
+    local state = field(other, 'state')
+    if state and not is_terminal(state) then return other end
+  end
+  redis.call('SET', name, id)
+  redis.call('HSET', key(id), 'syncs', set)
+  return nil
+end
+
+local function leave_set(id)
+  local set = field(id, 'syncs')
+  if set and redis.call('GET', P .. 'syncing:' .. set) == id then
+    redis.call('DEL', P .. 'syncing:' .. set)
+  end
+end
+
 -- The only place that changes a state. Answers whether it did.
 local function transition(id, to)
   local from = field(id, 'state')
@@ -86,7 +107,10 @@ local function transition(id, to)
   redis.call('RPUSH', key(id, 'events'), cjson.encode({ at = at, from = from, to = to }))
   redis.call('SREM', P .. 'state:' .. from, id)
   enter_state(id, to)
-  if is_terminal(to) then count(1, 'vlmq_batches_ended_total', to) end
+  if is_terminal(to) then
+    leave_set(id)
+    count(1, 'vlmq_batches_ended_total', to)
+  end
   return true
 end
 

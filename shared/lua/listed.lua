@@ -1,15 +1,17 @@
 -- More of an image set is listed and on disk: its chunks may be claimed.
--- ARGV: id, token, model, chunks, total, 1 if that is all of it, problem JSON... -> 1, or 0 if lost.
-local id, token, model, chunks, total, complete = unpack(ARGV)
+-- ARGV: id, token, model, chunks, total, 1 if that is all of it, then of a sync how many entries are
+-- known, duplicates and passed, then problem JSON... -> 1, or 0 if lost.
+local id, token, model, chunks, total, complete, known, duplicates, passed = unpack(ARGV)
 if not holds(id, 'plan', token) then return 0 end
 redis.call('HSET', key(id), 'model', model, 'chunks', chunks, 'total', total)
+redis.call('HSET', key(id), 'known', known, 'duplicates', duplicates, 'passed', passed)
 redis.call('HDEL', key(id), 'warning')
 -- The problems of the whole set are told whole every time; those of its lines come with commits.
-for i = 7 + tonumber(field(id, 'listing_problems') or 0), #ARGV do
+for i = 10 + tonumber(field(id, 'listing_problems') or 0), #ARGV do
   if redis.call('LLEN', key(id, 'problems')) >= MAX_PROBLEMS then break end
   redis.call('RPUSH', key(id, 'problems'), ARGV[i])
 end
-redis.call('HSET', key(id), 'listing_problems', #ARGV - 6)
+redis.call('HSET', key(id), 'listing_problems', #ARGV - 9)
 if complete == '1' then
   drop_lease(id, 'plan')
   redis.call('HDEL', key(id), 'listing')

@@ -14,6 +14,7 @@ if terminal == '1' then
   redis.call('ZADD', P .. 'ended', ended_at, id)
   return 1
 end
+take_set(id, field(id, 'syncs') or '')
 redis.call('SET', key(id, 'commits'), commits)
 for _, chunk in ipairs(cjson.decode(ARGV[8])) do offer(id, tostring(chunk), 0) end
 redis.call('ZADD', P .. 'deadlines', expires_at, id)
