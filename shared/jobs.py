@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from shared.captions import CaptionSource
+from shared.ids import derived_id
 
 StopReason = Literal["cancelled", "expired"]
 
@@ -80,7 +81,10 @@ class BatchSpec(msgspec.Struct, frozen=True):
 
     @property
     def files_used(self) -> list[str]:
-        """The uploads that must be kept until the batch has ended."""
+        """The files, and the batch, that must be kept until this batch has ended."""
+        if self.source is not None and self.retry_of is not None:
+            errors = derived_id("file-", self.retry_of, "errors")
+            return [*self.source.file_ids, self.retry_of, errors]
         if self.source is not None:
             return self.source.file_ids
         return [] if self.input_file_id is None else [self.input_file_id]

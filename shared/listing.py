@@ -116,7 +116,7 @@ class ListingWriter:
         """Append an entry, whose ``place`` is filled in."""
         if place is not self._place:
             self._add_place(place)
-        if self._place_offset:
+        if entry.place != self._place_offset:
             entry = msgspec.structs.replace(entry, place=self._place_offset)
         line = _encoder.encode(entry)
         self._lines.append(line)

@@ -45,6 +45,7 @@ from workers.inference.engines.flight import Flight
 from workers.inference.engines.standby import Standby
 from workers.inference.journal import Journal
 from workers.inference.prompts import build_prompt
+from workers.inference.provenance import provenance_of
 from workers.inference.suspects import alone, engines_lock, retry_suspects, together
 
 _GROUP_ITEMS = 64
@@ -329,6 +330,7 @@ class ChunkRun:
                 f"{len(self._outputs)} answers and {len(self._errors)} errors "
                 f"for {self._chunk.items} items"
             )
+        provenance = self._provenance()
         header = ShardHeader(
             output_bytes=len(output),
             error_bytes=len(errors),
@@ -337,10 +339,18 @@ class ChunkRun:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             images=self._images,
+            provenance_bytes=len(provenance),
         )
         path = shard_path(self._batch_dir, self._chunk.index, self._lease.token)
-        write_shard(path, header, output, errors)
+        write_shard(path, header, output, errors, provenance)
         return ChunkResult(header, self._problems)
+
+    def _provenance(self) -> bytes:
+        """What the answers of an image set came of; lines of a file say it themselves."""
+        source = self._lease.spec.source
+        if source is None or self._model is None:
+            return b""
+        return provenance_of(source, self._model, self._settings.images.scaling)
 
 
 def _joined(lines: dict[int, bytes]) -> bytes:

@@ -125,7 +125,7 @@ class ImageSetInput:
 
     def parse(self, line: Line, duplicates: frozenset[int]) -> BatchLine:
         """The entry's request, its texts not filled in yet."""
-        entry = _entry_of(line)
+        entry = entry_of(line)
         error = entry.error()
         if error is not None:
             raise error
@@ -133,7 +133,7 @@ class ImageSetInput:
 
     def complete(self, line: Line, request: BatchLine) -> tuple[ChatRequest, ReadImage]:
         """Fill in the texts."""
-        entry = _entry_of(line)
+        entry = entry_of(line)
         place = self._place(entry.place)
         texts = self._images.texts(entry, place, self._asked.columns)
         body = request_of(self._source, self._asked.fill(texts))
@@ -146,7 +146,7 @@ class ImageSetInput:
     def _place(self, offset: int) -> Place:
         if offset not in self._places:
             assert self._places_path is not None, "no chunk was read"
-            self._places[offset] = _read_place(self._places_path, offset)
+            self._places[offset] = read_place(self._places_path, offset)
         return self._places[offset]
 
 
@@ -179,12 +179,14 @@ def entry_lines(manifest: Manifest, chunk: Chunk) -> Sequence[Line]:
     return [_EntryLine(number, text) for number, text in enumerate(texts, chunk.first_line)]
 
 
-def _entry_of(line: Line) -> Entry:
+def entry_of(line: Line) -> Entry:
+    """The entry that a line of an image set is. Raises: StorageFailed if it is damaged."""
     assert isinstance(line, _EntryLine), "the line is not of this input"
     return line.entry()
 
 
-def _read_place(path: Path, offset: int) -> Place:
+def read_place(path: Path, offset: int) -> Place:
+    """The place that begins at ``offset`` of a file of places. Raises: StorageFailed."""
     with storage_errors(path), open(path, "rb") as stream:
         stream.seek(offset)
         line = stream.readline()

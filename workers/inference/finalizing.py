@@ -23,8 +23,15 @@ from shared.jobs import Batch, BatchSpec, BatchState, StopReason
 from shared.leases import Lease
 from shared.manifest import Chunk, Manifest
 from shared.results import IndexWriter
-from shared.shards import copy_errors, copy_output, read_header, shard_path
-from shared.storage import Layout, atomic_file, remove_tree, storage_errors, write_all
+from shared.shards import (
+    ShardHeader,
+    copy_errors,
+    copy_output,
+    read_header,
+    read_provenance,
+    shard_path,
+)
+from shared.storage import Layout, atomic_file, remove_tree, storage_errors, write_all, write_json
 from workers.inference.batch_lines import error_line, item_id
 from workers.inference.chunk_input import input_path, lines_of
 from workers.keeper import until_answered
@@ -56,6 +63,7 @@ def finalize(
     output = _write(spec, "output", layout, files, lambda target: join.output(target, totals))
     errors = _write(spec, "errors", layout, files, lambda target: join.errors(target, totals))
     join.index.write(batches.folder(spec.id))
+    join.write_provenance()
     state = _terminal(batch.stop_reason, totals, batch.total)
     until_answered(
         lambda: batches.finished(
@@ -105,6 +113,7 @@ class _Join:
             self._planned = min(self._planned, batch.chunks)
         self.index = IndexWriter(self._planned)
         self._source = input_path(spec, layout)
+        self._provenance: dict[bytes, list[int]] = {}
         self._never_ran: type[VlmqError] = BatchExpired if stopped == "expired" else BatchCancelled
         self._keep_going = keep_going
 
@@ -113,6 +122,7 @@ class _Join:
         for chunk, path in self._shards():
             header = read_header(path)
             copy_output(path, header, target)
+            self._note_provenance(chunk, path, header)
             self.index.output(chunk, header.output_bytes)
             totals.completed += header.completed
 
@@ -128,6 +138,21 @@ class _Join:
             totals.failed += header.failed
         for chunk in self._undone(done):
             totals.failed += self._write_undone(chunk, target)
+
+    def _note_provenance(self, chunk: int, path: Path, header: ShardHeader) -> None:
+        provenance = read_provenance(path, header)
+        if provenance:
+            self._provenance.setdefault(provenance, [chunk, 0])[1] += 1
+
+    def write_provenance(self) -> None:
+        """Keep what the shards say of themselves, for they go: one entry per difference."""
+        if not self._provenance:
+            return
+        found = [
+            {"first_chunk": first, "chunks": count, **msgspec.json.decode(provenance)}
+            for provenance, (first, count) in self._provenance.items()
+        ]
+        write_json(self._folder / "provenance.json", found)
 
     def _shards(self) -> Iterator[tuple[int, Path]]:
         for count, (chunk, token) in enumerate(self._commits):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -36,6 +36,7 @@ from workers.inference.chunk_input import entry_lines
 from workers.inference.image_files import ImageRoots
 from workers.inference.image_sources import OpenUpload
 from workers.inference.listing_base import IMAGE_SUFFIXES, Found, Surroundings
+from workers.inference.listing_retries import find_failed
 from workers.inference.listing_sources import find_images
 from workers.inference.planning import Rejected
 from workers.inference.seen_names import SeenNames
@@ -153,7 +154,7 @@ class Listing:
         if not writer.problems:
             try:
                 with _Names(self._folder, scratch, writer.total) as names:
-                    for found in find_images(self._source, cursor, self._around(scratch)):
+                    for found in self._find(cursor, scratch):
                         cursor = found.cursor
                         self._add(writer, found, names)
             except ImageSetUnreadable as error:
@@ -169,6 +170,11 @@ class Listing:
             raise Rejected(0, BatchProblem(ImageSetUnreadable.code, message, "images"))
         self._publish(writer, cursor, complete=True)
         log.info("image_set_listed", batch_id=self._lease.batch_id, images=writer.total)
+
+    def _find(self, cursor: object, scratch: Path) -> Iterator[Found]:
+        if self._lease.spec.retry_of is not None:
+            return find_failed(self._lease.spec, cursor, self._stores, self._keep_going)
+        return find_images(self._source, cursor, self._around(scratch))
 
     def _around(self, scratch: Path) -> Surroundings:
         images = self._stores.settings.images
