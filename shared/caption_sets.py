@@ -32,9 +32,18 @@ _ASK_AT_ONCE = 500
 _MERGE_BELOW = 2
 """Older segments with fewer than so many times the rows are merged into the newer one."""
 
+_DAMAGED = (
+    "; if what is known of this image set is damaged, move that folder away, and the images are "
+    "captioned anew"
+)
+
 _SCHEMA = """
 create table sightings (location blob, size int, mtime_ns int, content blob);
 create table captions (key blob, caption blob);
+"""
+_APPEND_OLD = """
+insert into sightings select * from old.sightings order by rowid;
+insert into captions select * from old.captions order by rowid;
 """
 # Made last: sorting once is much faster than keeping a tree in order, and needs no memory.
 _INDEXES = """
@@ -73,7 +82,7 @@ def set_id(owner: str, source: CaptionSource) -> str:
     return hashlib.sha256(identity).hexdigest()[:32]
 
 
-def fingerprint(model: ModelRecord) -> str:
+def model_identity(model: ModelRecord) -> str:
     """What changes whenever a model is linked anew or reloaded."""
     return f"{model.name} {model.revision} {model.created}"
 
@@ -106,11 +115,11 @@ def segments(folder: Path) -> list[Segment]:
     """The segments that count, oldest first. Raises: StorageFailed."""
     found: list[Segment] = []
     with storage_errors(folder):
-        names = os.listdir(folder) if folder.exists() else []
-    for name in names:
-        match = _NAME.fullmatch(name)
+        paths = list(folder.iterdir()) if folder.exists() else []
+    for path in paths:
+        match = _NAME.fullmatch(path.name)
         if match:
-            found.append(Segment(int(match[1]), int(match[2]), folder / name))
+            found.append(Segment(int(match[1]), int(match[2]), path))
     found.sort(key=lambda segment: (segment.first, -segment.last))
     counting: list[Segment] = []
     for segment in found:
@@ -131,7 +140,7 @@ class CaptionSet:
         """The last one that is there."""
         self._folder = folder
         self._bases: list[sqlite3.Connection] = []
-        with _database_errors(folder):
+        with database_errors(folder, _DAMAGED):
             for segment in reversed(present):
                 self._bases.append(sqlite3.connect(_immutable(segment.path), uri=True))
 
@@ -149,8 +158,8 @@ class CaptionSet:
 
     def sightings(self, locations: Iterable[bytes]) -> dict[bytes, Sighting]:
         """What was seen at these locations, if anything was."""
-        columns = "location, size, mtime_ns, content"
-        rows = self._newest(f"select {columns} from sightings where location", locations)
+        select = "select location, size, mtime_ns, content from sightings where location"
+        rows = self._newest(select, locations)
         return {location: Sighting(*values) for location, *values in rows}
 
     def known(self, keys: Iterable[bytes]) -> set[bytes]:
@@ -168,7 +177,7 @@ class CaptionSet:
         for base in self._bases:
             for some in _in_parts(sorted(left)):
                 marks = ",".join("?" * len(some))
-                with _database_errors(self._folder):
+                with database_errors(self._folder, _DAMAGED):
                     rows = base.execute(f"{select} in ({marks}) order by rowid", some).fetchall()
                 for row in rows:
                     if row[0] in left:
@@ -196,7 +205,7 @@ class SegmentWriter:
         self._insert("insert into captions values (?, ?)", (key, encoded))
 
     def _insert(self, statement: str, values: tuple[Any, ...]) -> None:
-        with _database_errors(self._path):
+        with database_errors(self._path):
             self._base.execute(statement, values)
         self.rows += 1
 
@@ -232,9 +241,7 @@ def add_generation(
     return writer.rows
 
 
-def _merge(
-    base: sqlite3.Connection, present: list[Segment], rows: int, generation: int
-) -> int:
+def _merge(base: sqlite3.Connection, present: list[Segment], rows: int, generation: int) -> int:
     """Append older segments, newest first; returns the first generation that the new one covers."""
     first = generation
     for segment in reversed(present):
@@ -244,8 +251,7 @@ def _merge(
         older = sum(count for (count,) in base.execute(counts).fetchall())
         merged = rows > 0 and older < _MERGE_BELOW * rows
         if merged:
-            for table in ("sightings", "captions"):
-                base.execute(f"insert into {table} select * from old.{table} order by rowid")
+            base.executescript(_APPEND_OLD)
             rows, first = rows + older, segment.first
         base.execute("detach old")
         if not merged:
@@ -263,16 +269,16 @@ def _publish(path: Path, target: Path) -> None:
 
 def _tidy(folder: Path) -> None:
     """Delete segments that others cover. Nobody of this set's one sync needs them by now."""
-    counting = {segment.path.name for segment in segments(folder)}
+    counting = {segment.path for segment in segments(folder)}
     with storage_errors(folder):
-        for name in os.listdir(folder):
-            if _NAME.fullmatch(name) and name not in counting:
-                (folder / name).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if _NAME.fullmatch(path.name) and path not in counting:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _new_segment(path: Path) -> Iterator[sqlite3.Connection]:
-    with _database_errors(path):
+    with database_errors(path):
         base = sqlite3.connect(f"file:{quote(str(path))}?nolock=1", uri=True, isolation_level=None)
         try:
             os.chmod(path, 0o600)
@@ -285,17 +291,14 @@ def _new_segment(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextmanager
-def _database_errors(path: Path) -> Iterator[None]:
+def database_errors(path: Path, advice: str = "") -> Iterator[None]:
     """Turn what SQLite raises below into StorageFull or StorageFailed."""
     try:
         yield
     except sqlite3.Error as error:
         if "full" in str(error):
             raise StorageFull(f"no space left for {path.name}; {StorageFull.__doc__}") from error
-        raise StorageFailed(
-            f"what is known of an image set, {path}, cannot be read: {error}; if it is damaged, move "
-            "that folder away, and its images are captioned anew"
-        ) from error
+        raise StorageFailed(f"{path}: {error}{advice}") from error
 
 
 def _immutable(path: Path) -> str:

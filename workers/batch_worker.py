@@ -33,6 +33,7 @@ from workers.inference.engines.flight import Flight
 from workers.inference.engines.standby import Standby
 from workers.inference.entry_images import EntryImages
 from workers.inference.listing import ListingPaused
+from workers.inference.recalling import Recall
 from workers.inference.uploads import OwnedImages, upload_opener
 from workers.keeper import Keeper, until_answered
 
@@ -156,9 +157,16 @@ class BatchWorker:
             settings=self._settings,
             flight=flight,
             keep_going=self._check,
+            recall=self._recall(lease, manifest),
         )
         if self._commit(lease, run.run()):
             self._stores.tickets.control()
+
+    def _recall(self, lease: Lease, manifest: Manifest) -> Recall | None:
+        if manifest.plan.sync is None:
+            return None
+        stores = self._stores
+        return Recall(lease.spec, manifest, stores.layout, stores.batches, self._check)
 
     def _input(
         self, lease: Lease, manifest: Manifest, tiling: Callable[[], Tiling | None]

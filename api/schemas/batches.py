@@ -81,8 +81,10 @@ class ListingState(BaseModel):
 
 
 class SyncState(BaseModel):
-    """What a sync found so far: images with captions from before, the same as an earlier one, and
-    left out. Nothing of these is asked again."""
+    """How many images of a sync, so far, are not asked about again.
+
+    Those with captions from before, those that are the same as an earlier one, and those left out.
+    """
 
     known: int
     duplicates: int

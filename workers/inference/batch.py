@@ -46,6 +46,7 @@ from workers.inference.engines.standby import Standby
 from workers.inference.journal import Journal
 from workers.inference.prompts import build_prompt
 from workers.inference.provenance import provenance_of
+from workers.inference.recalling import Recall, Recalled
 from workers.inference.suspects import alone, engines_lock, retry_suspects, together
 
 _GROUP_ITEMS = 64
@@ -90,6 +91,7 @@ class ChunkRun:
         settings: Settings,
         flight: Flight,
         keep_going: KeepGoing,
+        recall: Recall | None = None,
     ) -> None:
         self._lease = lease
         self._batch_dir = batch_dir
@@ -99,6 +101,7 @@ class ChunkRun:
         self._settings = settings
         self._flight = flight
         self._keep_going = keep_going
+        self._recall = recall
         self._standby = Standby(settings.run_dir, lease.model)
         self._manifest = manifest
         self._chunk = manifest.chunk(int(lease.unit))
@@ -129,10 +132,12 @@ class ChunkRun:
                 self._fail_all(lines, ModelNotFound(f"the model '{self._name}' was removed"))
             else:
                 self._parse(lines)
-                with together(self._lock_path(), self._keep_going, time.sleep):
-                    self._heard_at = self._answered_at = time.monotonic()
-                    self._ask(self._model.defaults)
-                self._settle_suspects()
+                duplicates = self._recall_lines(lines)
+                asked = [
+                    item for item in self._items.values() if item.line.number not in duplicates
+                ]
+                self._answer(asked, self._model.defaults)
+                self._answer(self._copy_firsts(duplicates), self._model.defaults)
         except BaseException:
             self._flight.abort()
             raise
@@ -157,17 +162,27 @@ class ChunkRun:
                 continue
             self._items[line.number] = _Item(line, request)
 
-    def _ask(self, defaults: ModelDefaults) -> None:
+    def _answer(self, items: Sequence[_Item], defaults: ModelDefaults) -> None:
+        """Have these items answered, those that kill engines alone."""
+        if not items:
+            return
+        with together(self._lock_path(), self._keep_going, time.sleep):
+            self._heard_at = self._answered_at = time.monotonic()
+            self._ask(items, defaults)
+        self._settle_suspects()
+        self._suspects.clear()
+
+    def _ask(self, items: Sequence[_Item], defaults: ModelDefaults) -> None:
         """Prepare items and keep the engines supplied with them."""
         # How images are to be cut is said by the engines; without one there is nobody to ask yet.
-        while self._items and not self._flight.connected:
+        while not self._flight.connected:
             self._flight.look(_POLL_S)
             self._keep_going()
             self._require_engine()
         group: list[Prompt] = []
         group_bytes = 0
         journal = self._journal()
-        for item in list(self._items.values()):
+        for item in items:
             prompt = self._prepare(item, defaults, journal)
             if prompt is None:
                 continue
@@ -181,6 +196,44 @@ class ChunkRun:
         self._submit(group)
         while self._asked:
             self._collect(_POLL_S)
+
+    # --- what need not be asked ---
+
+    def _recall_lines(self, lines: Sequence[Line]) -> dict[int, int]:
+        """Write the lines of images whose captions are known; returns duplicates with their firsts."""
+        if self._recall is None:
+            return {}
+        for number, recalled in self._recall.known(lines).items():
+            self._copy(self._items.pop(number), recalled)
+        firsts = self._recall.firsts(lines)
+        return {number: first for number, first in firsts.items() if number in self._items}
+
+    def _copy_firsts(self, duplicates: dict[int, int]) -> list[_Item]:
+        """Write the lines of duplicates; returns those that must be asked about all the same."""
+        left = []
+        for number, first in duplicates.items():
+            assert self._recall is not None, "only a synced set has duplicates"
+            item = self._items[number]
+            recalled = self._recall.first(item.line, first, self._outputs)
+            if recalled is None:
+                left.append(item)
+            else:
+                self._copy(item, recalled)
+        return left
+
+    def _copy(self, item: _Item, recalled: Recalled) -> None:
+        caption, number = recalled.caption, item.line.number
+        name = item_id(self._lease.batch_id, number)
+        body = completion_body(
+            completion_id=f"chatcmpl-{name}",
+            created=caption.created,
+            model=self._name,
+            text=caption.text,
+            finish_reason=caption.finish_reason,
+            prompt_tokens=caption.prompt_tokens,
+            completion_tokens=caption.completion_tokens,
+        )
+        self._outputs[number] = output_line(name, item.request.custom_id, body, recalled.mark)
 
     def _journal(self) -> Journal | None:
         if self._lease.attempts == 0:

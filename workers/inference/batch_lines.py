@@ -57,11 +57,12 @@ class _Problem(msgspec.Struct, frozen=True):
     message: str
 
 
-class _ResultLine(msgspec.Struct, frozen=True):
+class _ResultLine(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str
     custom_id: str | None
     response: _Response | None
     error: _Problem | None
+    vlmq: dict[str, str] | None = None
 
 
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -163,10 +164,13 @@ def item_id(batch_id: str, line_number: int) -> str:
     return f"{batch_id.removeprefix('batch_')}_{line_number}"
 
 
-def output_line(item: str, custom_id: str, body: ChatCompletion) -> bytes:
-    """The line for a request that was answered."""
+def output_line(
+    item: str, custom_id: str, body: ChatCompletion, mark: dict[str, str] | None = None
+) -> bytes:
+    """The line for a request that was answered; ``mark`` says where else the answer came from."""
     response = _Response(200, f"req_{item}", body)
-    return _encoder.encode(_ResultLine(f"batch_req_{item}", custom_id, response, None)) + b"\n"
+    line = _ResultLine(f"batch_req_{item}", custom_id, response, None, mark)
+    return _encoder.encode(line) + b"\n"
 
 
 def error_line(

@@ -10,13 +10,15 @@ import msgspec
 
 from shared.captions import CaptionSource, Entry, Place, decode_entry, decode_place, request_of
 from shared.chat import ChatRequest
-from shared.errors import StorageFailed
+from shared.errors import ImageChanged, StorageFailed
 from shared.jobs import BatchSpec
 from shared.manifest import Chunk, Manifest
 from shared.storage import Layout, storage_errors
 from workers.inference.batch_lines import BatchLine, Line, parse_line, read_chunk, split_lines
 from workers.inference.engines.base import Detail, Image
+from workers.inference.entry_identity import holds
 from workers.inference.entry_images import EntryImages
+from workers.inference.image_files import shown
 from workers.inference.prompts import ReadImage
 
 Prepare = Callable[[bytes, Detail], Image]
@@ -137,7 +139,16 @@ class ImageSetInput:
         place = self._place(entry.place)
         texts = self._images.texts(entry, place, self._asked.columns)
         body = request_of(self._source, self._asked.fill(texts))
-        return body, lambda _, detail: self._prepare(self._images.load(entry, place), detail)
+        return body, lambda _, detail: self._prepare(self._load(entry, place), detail)
+
+    def _load(self, entry: Entry, place: Place) -> bytes:
+        data = self._images.load(entry, place)
+        if not holds(entry, data):
+            raise ImageChanged(
+                f"{shown(entry.name)} is not the image that it was when the set was listed; sync the "
+                "set again"
+            )
+        return data
 
     def close(self) -> None:
         """Close the archives."""
@@ -183,6 +194,20 @@ def entry_of(line: Line) -> Entry:
     """The entry that a line of an image set is. Raises: StorageFailed if it is damaged."""
     assert isinstance(line, _EntryLine), "the line is not of this input"
     return line.entry()
+
+
+class PlacesOf:
+    """The places of one chunk's entries, each read once. Raises: StorageFailed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[int, Place] = {}
+
+    def at(self, offset: int) -> Place:
+        """The place that begins at ``offset``."""
+        if offset not in self._known:
+            self._known[offset] = read_place(self._path, offset)
+        return self._known[offset]
 
 
 def read_place(path: Path, offset: int) -> Place:

@@ -35,7 +35,7 @@ def run_control_unit(
     elif lease.unit == PLAN:
         plan(lease, stores, keeper)
     elif lease.unit == FINAL:
-        finalize(lease, stores.batches, stores.files, stores.layout, keeper.check)
+        finalize(lease, stores.batches, stores.files, stores.models, stores.layout, keeper.check)
         log.info("batch_finalized", batch_id=lease.batch_id)
     else:
         raise AssertionError(f"the control lane offered '{lease.unit}'")

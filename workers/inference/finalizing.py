@@ -22,6 +22,7 @@ from shared.ids import derived_id
 from shared.jobs import Batch, BatchSpec, BatchState, StopReason
 from shared.leases import Lease
 from shared.manifest import Chunk, Manifest
+from shared.models import ModelRegistry
 from shared.results import IndexWriter
 from shared.shards import (
     ShardHeader,
@@ -34,6 +35,7 @@ from shared.shards import (
 from shared.storage import Layout, atomic_file, remove_tree, storage_errors, write_all, write_json
 from workers.inference.batch_lines import error_line, item_id
 from workers.inference.chunk_input import input_path, lines_of
+from workers.inference.remembering import remember
 from workers.keeper import until_answered
 
 _TICK_EVERY = 16
@@ -48,6 +50,7 @@ def finalize(
     lease: Lease,
     batches: BatchStore,
     files: FileStore,
+    models: ModelRegistry,
     layout: Layout,
     keep_going: Callable[[], None],
 ) -> None:
@@ -63,6 +66,7 @@ def finalize(
     output = _write(spec, "output", layout, files, lambda target: join.output(target, totals))
     errors = _write(spec, "errors", layout, files, lambda target: join.errors(target, totals))
     join.index.write(batches.folder(spec.id))
+    remember(lease, batches, models, layout, keep_going)
     join.write_provenance()
     state = _terminal(batch.stop_reason, totals, batch.total)
     until_answered(

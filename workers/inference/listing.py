@@ -10,13 +10,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Self
 
 import msgspec
 
-from shared.captions import CaptionSource, Entry
+from shared.batches import synced_set
+from shared.caption_sets import Asking, CaptionSet, model_identity
+from shared.captions import CaptionSource, Entry, SyncPlan
 from shared.errors import (
     ImageSetUnreadable,
     ModelNotFound,
@@ -33,12 +35,14 @@ from shared.settings import QueueSettings
 from shared.storage import storage_errors
 from shared.stores import Stores
 from workers.inference.chunk_input import entry_lines
+from workers.inference.entry_images import EntryImages
 from workers.inference.image_files import ImageRoots
 from workers.inference.image_sources import OpenUpload
 from workers.inference.listing_base import IMAGE_SUFFIXES, Found, Surroundings
 from workers.inference.listing_retries import find_failed
 from workers.inference.listing_sources import find_images
 from workers.inference.planning import Rejected
+from workers.inference.recognizing import Recognizer
 from workers.inference.seen_names import SeenNames
 from workers.keeper import until_answered
 
@@ -153,15 +157,18 @@ class Listing:
         cursor = writer.plan.cursor
         if not writer.problems:
             try:
-                with _Names(self._folder, scratch, writer.total) as names:
-                    for found in self._find(cursor, scratch):
+                with (
+                    _Names(self._folder, scratch, writer.total) as names,
+                    self._found(writer, cursor, scratch) as entries,
+                ):
+                    for found in entries:
                         cursor = found.cursor
                         self._add(writer, found, names)
             except ImageSetUnreadable as error:
                 if writer.total == 0:
                     raise Rejected(0, _problem(error)) from None
                 writer.note(_problem(error))
-        if writer.total == 0:
+        if writer.total == 0 and not (writer.sync and writer.sync.passed):
             kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
             message = (
                 f"the set holds no images, by the names of its files ({kinds}); archives and tables "
@@ -170,6 +177,40 @@ class Listing:
             raise Rejected(0, BatchProblem(ImageSetUnreadable.code, message, "images"))
         self._publish(writer, cursor, complete=True)
         log.info("image_set_listed", batch_id=self._lease.batch_id, images=writer.total)
+
+    @contextmanager
+    def _found(
+        self, writer: ListingWriter, cursor: object, scratch: Path
+    ) -> Iterator[Iterator[Found]]:
+        """The entries behind ``cursor``; those of a synced set with what is known of them."""
+        found = self._find(cursor, scratch)
+        if self._source.sync is None:
+            yield found
+            return
+        spec = self._lease.spec
+        settings = self._stores.settings
+        with (
+            CaptionSet(self._stores.layout.caption_set_dir(synced_set(spec))) as known,
+            closing(EntryImages(settings.images, self._open_upload, _no_address)) as images,
+        ):
+            if writer.sync is None:
+                writer.sync = SyncPlan(known.generation + 1, self._model_identity())
+            asking = Asking(self._source, writer.sync.model)
+            # All that a retry asks for again is wanted, also if it was captioned meanwhile.
+            only_new = self._source.sync.only_new and spec.retry_of is None
+            with Recognizer(
+                self._source, asking, known, images, scratch, only_new=only_new
+            ) as recognizer:
+                if writer.total:
+                    recognizer.remember(Manifest(self._folder), self._keep_going)
+                yield recognizer.recognise(found, writer.total + 1)
+
+    def _model_identity(self) -> str:
+        record = self._stores.models.by_name().get(self._source.model)  # not a second old
+        if record is None:
+            error = ModelNotFound(f"there is no model '{self._source.model}'", param="model")
+            raise Rejected(0, _problem(error))
+        return model_identity(record)
 
     def _find(self, cursor: object, scratch: Path) -> Iterator[Found]:
         if self._lease.spec.retry_of is not None:
@@ -188,6 +229,15 @@ class Listing:
         )
 
     def _add(self, writer: ListingWriter, found: Found, names: _Names) -> None:
+        if self._source.sync is not None:
+            _count(writer, found)
+        if not found.passed:
+            self._add_entry(writer, found, names)
+        if time.monotonic() >= self._publish_at:
+            self._publish(writer, found.cursor, complete=False)
+            self._pause()
+
+    def _add_entry(self, writer: ListingWriter, found: Found, names: _Names) -> None:
         settings = self._stores.settings.queue
         entry = found.entry
         if found.place.type not in _OF_ONE_NAME_EACH:
@@ -199,9 +249,6 @@ class Listing:
             writer.close_chunk()
         if writer.total % _TICK_EVERY == 0:
             self._keep_going()
-        if time.monotonic() >= self._publish_at:
-            self._publish(writer, found.cursor, complete=False)
-            self._pause()
 
     def _publish(self, writer: ListingWriter, cursor: object, *, complete: bool) -> None:
         writer.close_chunk()
@@ -244,6 +291,22 @@ def _fair(total: int, settings: QueueSettings) -> int:
     """How many entries the chunk should have that ends after ``total``: more as the set grows."""
     fair = total // settings.spread_chunks
     return min(settings.chunk_items, max(settings.min_chunk_items, fair))
+
+
+def _count(writer: ListingWriter, found: Found) -> None:
+    """Note what a sync made of an entry."""
+    sync = writer.sync
+    assert sync is not None, "the set is not synced"
+    writer.sync = msgspec.structs.replace(
+        sync,
+        known=sync.known + found.entry.known,
+        duplicates=sync.duplicates + (found.entry.same_as is not None),
+        passed=sync.passed + found.passed,
+    )
+
+
+def _no_address(url: str) -> bytes:
+    raise AssertionError(f"a listing fetches nothing, and was to fetch {url}")
 
 
 def _problem(error: VlmqError) -> BatchProblem:

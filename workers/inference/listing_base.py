@@ -23,11 +23,15 @@ TABLE_SUFFIXES = frozenset({".parquet", ".arrow", ".feather"})
 
 
 class Found(NamedTuple):
-    """An entry, its place, and where a listing goes on behind it (a JSON value)."""
+    """An entry, its place, and where a listing goes on behind it (a JSON value).
+
+    ``passed``: a sync leaves it out.
+    """
 
     entry: Entry
     place: Place
     cursor: Any
+    passed: bool = False
 
 
 class Surroundings(msgspec.Struct, frozen=True):

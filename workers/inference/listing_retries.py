@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import dropwhile
-from pathlib import Path
 
 import msgspec
 
-from shared.captions import Entry, Place
+from shared.captions import Entry
 from shared.errors import ImageSetUnreadable, InvalidRequest, NotFound
 from shared.jobs import BatchSpec
 from shared.manifest import Manifest
 from shared.stores import Stores
-from workers.inference.chunk_input import entry_lines, entry_of, read_place
+from workers.inference.chunk_input import PlacesOf, entry_lines, entry_of
 from workers.inference.listing_base import Found
 
 
@@ -32,7 +31,7 @@ def find_failed(
         failed = stores.results.failed_lines(batch)
         for chunk, numbers in dropwhile(lambda item: max(item[1]) <= done, failed):
             keep_going()
-            places = _Places(manifest.places(chunk.index))
+            places = PlacesOf(manifest.places(chunk.index))
             for line in entry_lines(manifest, chunk):
                 if line.number in numbers and line.number > done:
                     entry = entry_of(line)
@@ -40,19 +39,6 @@ def find_failed(
                     yield Found(_as_it_is_now(entry), place, line.number)
     except (NotFound, InvalidRequest) as error:
         raise ImageSetUnreadable(f"the batch to retry cannot be read: {error.message}") from None
-
-
-class _Places:
-    """The places of one chunk's entries, each read once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[int, Place] = {}
-
-    def at(self, offset: int) -> Place:
-        if offset not in self._known:
-            self._known[offset] = read_place(self._path, offset)
-        return self._known[offset]
 
 
 def _as_it_is_now(entry: Entry) -> Entry:
