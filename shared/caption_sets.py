@@ -28,6 +28,7 @@ from shared.models import ModelRecord
 from shared.storage import TEMPORARY_SUFFIX, storage_errors, sync_folder
 
 _NAME = re.compile(r"(\d{8})-(\d{8})\.sqlite")
+_HALF = re.compile(r"\.(\d+)\.[0-9a-f]{8}\.part")
 _ASK_AT_ONCE = 500
 _MERGE_BELOW = 2
 """Older segments with fewer than so many times the rows are merged into the newer one."""
@@ -268,11 +269,18 @@ def _publish(path: Path, target: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Delete segments that others cover. Nobody of this set's one sync needs them by now."""
-    counting = {segment.path for segment in segments(folder)}
+    """Delete segments that others cover, and what a killed finalizer left of generations by now there.
+
+    Nobody of this set's one sync needs them.
+    """
+    counting = segments(folder)
+    latest = counting[-1].last if counting else 0
+    paths = {segment.path for segment in counting}
     with storage_errors(folder):
         for path in folder.iterdir():
-            if _NAME.fullmatch(path.name) and path not in counting:
+            half = _HALF.fullmatch(path.name)
+            covered = _NAME.fullmatch(path.name) and path not in paths
+            if covered or (half and int(half[1]) <= latest):
                 path.unlink(missing_ok=True)
 
 

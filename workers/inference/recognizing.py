@@ -18,7 +18,7 @@ from urllib.parse import quote
 import msgspec
 
 from shared.caption_sets import Asking, CaptionSet, Sighting, database_errors
-from shared.captions import CaptionSource, Entry
+from shared.captions import CaptionSource
 from shared.errors import ImageError, ImageSetUnreadable, TextMissing
 from shared.manifest import Manifest
 from workers.inference.chunk_input import entry_lines, entry_of
@@ -103,7 +103,7 @@ class Recognizer:
                 number += 1
 
     def _recognised(self, group: list[Found]) -> list[_Recognised]:
-        clean = [item._replace(entry=_unmarked(item.entry)) for item in group]
+        clean = [_unmarked(item) for item in group]
         at = [location_of(item.entry, item.place) for item in clean]
         seen = self._known.sightings(location for location in at if location is not None)
         before = [None if location is None else seen.get(location) for location in at]
@@ -212,13 +212,14 @@ class FirstLines:
         self._base.close()
 
 
-def _unmarked(entry: Entry) -> Entry:
-    """The entry without what another listing made of it."""
-    if entry.content is None:
-        return entry
-    return msgspec.structs.replace(
-        entry, content=None, known=False, same_as=None, noted=False, young=False
+def _unmarked(item: Found) -> Found:
+    """The entry without what the batch made of it that this one retries."""
+    if item.entry.content is None:
+        return item
+    entry = msgspec.structs.replace(
+        item.entry, content=None, known=False, same_as=None, noted=False, young=False
     )
+    return item._replace(entry=entry)
 
 
 def _is_as_seen(item: Found, seen: Sighting) -> bool:
