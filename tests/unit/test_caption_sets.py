@@ -62,7 +62,7 @@ def test_what_was_learned_last_counts(tmp_path: Path) -> None:
     """Over segments that were merged, and over those that were not."""
     folder = tmp_path / "set"
     assert texts(folder, 1) == {}
-    learn(folder, 1, {number: "old" for number in range(20)})
+    learn(folder, 1, dict.fromkeys(range(20), "old"))
     learn(folder, 2, {3: "new"})
     learn(folder, 3, {3: "newer", 4: "newer"})
     assert texts(folder, 2, 3, 4, 99) == {2: "old", 3: "newer", 4: "newer"}
@@ -75,7 +75,7 @@ def test_what_was_learned_last_counts(tmp_path: Path) -> None:
 def test_a_small_generation_does_not_copy_a_large_segment(tmp_path: Path) -> None:
     """And however many there are, few segments are left."""
     folder = tmp_path / "set"
-    learn(folder, 1, {number: "old" for number in range(1000)})
+    learn(folder, 1, dict.fromkeys(range(1000), "old"))
     large = segments(folder)[0].path.stat()
     for generation in range(2, 60):
         learn(folder, generation, {generation: str(generation)})
@@ -129,7 +129,7 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path) -> None:
 def test_a_damaged_segment_is_named(tmp_path: Path) -> None:
     """With what to do about it."""
     folder = tmp_path / "set"
-    learn(folder, 1, {number: "x" * 500 for number in range(100)})
+    learn(folder, 1, dict.fromkeys(range(100), "x" * 500))
     path = segments(folder)[0].path
     path.write_bytes(b"no database" * 100)
     with pytest.raises(StorageFailed, match=r"set.*move that folder away"):
