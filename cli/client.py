@@ -87,6 +87,10 @@ class Client:
             body["metadata"] = metadata
         return self._json("POST", "/v1/batches", json=body)
 
+    def create_captions(self, body: Json) -> Json:
+        """Start captioning an image set."""
+        return self._json("POST", "/v1/captions", json=body)
+
     def batch(self, batch_id: str) -> Json:
         """One batch."""
         return self._json("GET", f"/v1/batches/{batch_id}")

@@ -248,6 +248,12 @@ class Template:
                     f"the template needs {{{parts[index]}}}, and this image has no such text",
                     param="template",
                 )
+            if len(text) > MAX_TEXT:
+                raise TextMissing(
+                    f"the text for {{{parts[index]}}} has {len(text):,} characters; at most "
+                    f"{MAX_TEXT:,} are put into a prompt",
+                    param="template",
+                )
             parts[index] = text
         return "".join(parts)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -67,20 +68,25 @@ class ListingWriter:
         self.sync = self.plan.sync
         """What becomes of a set that is synced; the plan has it once it is published."""
         self._before = latest
+        self._has_published = False
         self._problems = list(self.plan.problems)
         self._chunks = self.plan.chunks
         self.total = self.plan.total
         """The entries so far, those of the chunk that is being filled among them."""
 
     def __enter__(self) -> Self:
-        with storage_errors(self._folder):
-            for kind in _KINDS:
-                path = part_path(self._folder, self._token, kind)
-                # Unbuffered: closing it must not be what meets the full disk.
-                self._files[kind] = open(path, "xb", buffering=0)
-                os.chmod(path, 0o600)
-        if self._before is not None:
-            self._copy_chunks(part_path(self._folder, self._before, "chunks.bin"))
+        try:
+            with storage_errors(self._folder):
+                for kind in _KINDS:
+                    path = part_path(self._folder, self._token, kind)
+                    # Unbuffered: closing it must not be what meets the full disk.
+                    self._files[kind] = open(path, "xb", buffering=0)
+                    os.chmod(path, 0o600)
+            if self._before is not None:
+                self._copy_chunks(part_path(self._folder, self._before, "chunks.bin"))
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(
@@ -89,8 +95,14 @@ class ListingWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for stream in self._files.values():
+        self._close()
+
+    def _close(self) -> None:
+        for kind, stream in self._files.items():
             stream.close()
+            if not self._has_published:
+                with suppress(OSError):  # else it takes some room until the batch goes
+                    part_path(self._folder, self._token, kind).unlink()
 
     @property
     def chunks(self) -> int:
@@ -161,7 +173,23 @@ class ListingWriter:
             sync=self.sync,
         )
         write_json(part_path(self._folder, self._token, "plan.json"), self.plan)
+        if not self._has_published:
+            self._has_published = True
+            self._forget_older()
         return self.plan
+
+    def _forget_older(self) -> None:
+        """Delete what no reader comes for: plans before the last one, and entries that never counted."""
+        counting = {part.token for part in self.plan.parts}
+        with storage_errors(self._folder), os.scandir(self._folder / "manifest") as entries:
+            names = [entry.name for entry in entries]
+        for name in names:
+            digits, _, kind = name.partition(".")
+            if not digits.isdigit() or int(digits) >= (self._before or 0):
+                continue
+            if kind in {"plan.json", "chunks.bin"} or int(digits) not in counting:
+                with suppress(OSError):
+                    (self._folder / "manifest" / name).unlink()
 
     def _parts(self) -> list[Part]:
         parts = self.plan.parts

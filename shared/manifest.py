@@ -160,6 +160,8 @@ class Manifest:
                 raise StorageFailed(f"{folder}: the manifest is missing")
             self._chunks = part_path(folder, token, "chunks.bin")
             plan = read_json(part_path(folder, token, "plan.json"))
+            if plan is None:
+                raise StorageFailed(f"{folder}: the manifest is being replaced; try again")
         self.plan = msgspec.convert(plan, Plan)
 
     @staticmethod

@@ -126,8 +126,12 @@ class BatchWorker:
             self._trouble = 0
         except LeaseLost:
             bound.warning("lease_lost")
-        except (BatchCancelled, BatchExpired, Draining, EnginesAway, ListingPaused):
+        except (BatchCancelled, BatchExpired, Draining, EnginesAway):
             self._release(lease, 0, "")
+        except ListingPaused:
+            self._release(
+                lease, self._settings.queue.slice_s, ""
+            )  # not to be claimed at once again
         except StorageFull as error:
             bound.error("storage_full", error=str(error))
             self._back_off(lease, error.code)

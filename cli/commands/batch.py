@@ -57,7 +57,7 @@ def submit(
         uploaded = upload(client, file, "batch")
         created = client.create_batch(uploaded["id"], labels)
         note(f"batch {created['id']} started")
-        _stay_or_name(client, created, follow=follow, as_json=as_json)
+        stay_or_name(client, created, follow=follow, as_json=as_json)
 
 
 @batch.command()
@@ -132,7 +132,7 @@ def retry(batch_id: str, *, follow: bool, as_json: bool, url: str, api_key: str 
     with connect(url, api_key) as client:
         created = client.retry_batch(batch_id)
         note(f"batch {created['id']} started; it retries {batch_id}")
-        _stay_or_name(client, created, follow=follow, as_json=as_json)
+        stay_or_name(client, created, follow=follow, as_json=as_json)
 
 
 @batch.command("list")
@@ -171,10 +171,20 @@ def cancel(batch_id: str, *, as_json: bool, url: str, api_key: str | None) -> No
 
 
 def counts(found: Json) -> str:
-    """How far a batch is, e.g. ``1200/2000`` or ``1200/2000 (3 failed)``."""
+    """How far a batch is, e.g. ``1200/2000`` or ``1200/2000 (3 failed)``.
+
+    ``1200/2000+`` while more images are being listed.
+    """
     numbers = found["request_counts"]
-    done = f"{numbers['completed']}/{numbers['total']}"
+    more = "+" if is_listing(found) else ""
+    done = f"{numbers['completed']}/{numbers['total']}{more}"
     return f"{done} ({numbers['failed']} failed)" if numbers["failed"] else done
+
+
+def is_listing(found: Json) -> bool:
+    """Whether more images of a caption job are to come."""
+    listing = (found.get("vlmq") or {}).get("listing")
+    return listing is not None and not listing["complete"] and found["status"] not in TERMINAL
 
 
 # --- watching ---
@@ -245,8 +255,8 @@ class BarProgress:
         rate = self._rate.per_second(done)
         self._bar.update(
             self._task,
-            description=found["status"],
-            total=numbers["total"] or None,
+            description=found["status"] + (", listing" if is_listing(found) else ""),
+            total=None if is_listing(found) else numbers["total"] or None,
             completed=done,
             failed=f"{numbers['failed']} failed" if numbers["failed"] else "",
             rate=f"{rate:,.1f} items/s" if rate else "",
@@ -273,7 +283,7 @@ class PlainProgress:
         note(f"{found['status']} {counts(found)}" + (f", {rate:,.1f} items/s" if rate else ""))
 
 
-def _stay_or_name(client: Client, created: Json, *, follow: bool, as_json: bool) -> None:
+def stay_or_name(client: Client, created: Json, *, follow: bool, as_json: bool) -> None:
     """Stay with a batch that was just made, or say which it is."""
     if follow:
         _finish(_watch(client, created["id"]), as_json=as_json)

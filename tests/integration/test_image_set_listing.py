@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,7 @@ def stores(redis_url: str, tmp_path: Path, root: Path) -> Iterator[Stores]:
         redis_url,
         tmp_path,
         images={"roots": [str(root)]},
-        queue={"lease_ttl_s": 30, "renew_s": 1, "min_chunk_items": 2, "chunk_items": 16},
+        queue={"renew_s": 1, "slice_s": 600, "min_chunk_items": 2, "chunk_items": 16},
     )
     with connected(settings) as found:
         link_model(found)
@@ -134,6 +135,26 @@ def test_a_listing_goes_on_where_it_was_paused(stores: Stores, root: Path, hasty
     found = now(stores, batch)
     assert (found.total, found.listing) == (40, False)
     assert listed_names(stores, batch) == [f"{number}.jpg" for number in range(40)]
+
+
+def test_many_takeovers_leave_few_files(stores: Stores, root: Path, hasty: None) -> None:
+    """Tables of chunks before the last two go; entries stay as long as they count."""
+    batch = record(stores, numbered(root, 12))
+    for _ in range(8):
+        lease = claim_listing(stores)
+        with pytest.raises(ListingPaused):
+            go_on(stores, lease, pausing=True)
+        stores.leases.release(lease)
+    lost = claim_listing(stores)
+    with ListingWriter(stores.batches.folder(batch.id), lost.token, MODEL) as writer:
+        writer.add(Entry("never published"), Place("folder"))
+        writer.close_chunk()
+    stores.leases.release(lost)
+    go_on(stores, claim_listing(stores))
+    folder = stores.batches.folder(batch.id) / "manifest"
+    kinds = Counter(path.name.partition(".")[2] for path in folder.iterdir())
+    assert (kinds["plan.json"], kinds["chunks.bin"], kinds["entries.jsonl"]) == (2, 2, 9)
+    assert listed_names(stores, batch) == [f"{number}.jpg" for number in range(12)]
 
 
 def test_an_empty_set_fails_the_batch(stores: Stores, root: Path) -> None:

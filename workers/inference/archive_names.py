@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import posixpath
+import re
 
 from shared.errors import EntryRefused
 from workers.inference.image_files import shown
 
 _MAX_NAME = 4096
+_PLAIN = re.compile(r"[^./\\\0][^/\\\0]{0,250}")
 
 
 def decode_name(raw: bytes) -> str:
@@ -22,6 +23,8 @@ def decode_name(raw: bytes) -> str:
 
 def plain_name(name: str) -> str:
     """The name without empty parts and dots. Raises: EntryRefused saying why it names nothing."""
+    if _PLAIN.fullmatch(name):
+        return name  # as most are
     parts = [part for part in name.split("/") if part not in {"", "."}]
     if name.startswith("/") or name[1:3] in {":/", ":\\"}:
         raise EntryRefused(f"{shown(name)} is an absolute path, which no archive may hold")
@@ -34,6 +37,5 @@ def plain_name(name: str) -> str:
 
 def split_key(name: str) -> tuple[str, str]:
     """A name's key and kind, as webdataset has it: ``a/b.c.jpg`` is ``a/b`` and ``c.jpg``."""
-    folder, base = posixpath.split(name)
-    stem, _, kind = base.partition(".")
-    return posixpath.join(folder, stem), kind
+    at = name.find(".", name.rfind("/") + 1)
+    return (name, "") if at < 0 else (name[:at], name[at + 1 :])

@@ -113,6 +113,9 @@ class ImageSetInput:
     ) -> None:
         self._source = source
         self._asked = source.asked
+        self._form = request_of(source, "")
+        self._same = None if self._asked.columns else request_of(source, self._asked.fill({}))
+        """The request, if it is the same for all images."""
         self._manifest = manifest
         self._images = images
         self._prepare = prepare
@@ -131,14 +134,16 @@ class ImageSetInput:
         error = entry.error()
         if error is not None:
             raise error
-        return BatchLine(entry.name, "POST", "", request_of(self._source, ""))
+        return BatchLine(entry.name, "POST", "", self._form)
 
     def complete(self, line: Line, request: BatchLine) -> tuple[ChatRequest, ReadImage]:
         """Fill in the texts."""
         entry = entry_of(line)
         place = self._place(entry.place)
-        texts = self._images.texts(entry, place, self._asked.columns)
-        body = request_of(self._source, self._asked.fill(texts))
+        body = self._same
+        if body is None:
+            texts = self._images.texts(entry, place, self._asked.columns)
+            body = request_of(self._source, self._asked.fill(texts))
         return body, lambda _, detail: self._prepare(self._load(entry, place), detail)
 
     def _load(self, entry: Entry, place: Place) -> bytes:

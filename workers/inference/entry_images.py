@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.captions import Entry, Place, unescape_name
+from shared.captions import MAX_TEXT, Entry, Place, unescape_name
 from shared.errors import (
     ConfigurationError,
     ImageError,
@@ -81,11 +81,17 @@ class EntryImages:
     def texts(self, entry: Entry, place: Place, columns: Sequence[str]) -> dict[str, str]:
         """The texts of the columns that this entry has. Raises: TextMissing if one is unusable."""
         found = dict(entry.texts or {})
+        contents: dict[str, bytes | None] = {}
         for column in columns:
-            if column not in found:
-                text = self._sidecar(entry, place, column)
-                if text is not None:
-                    found[column] = text
+            if column in found:
+                continue
+            kind, _, field = column.partition(".")
+            if kind not in contents:
+                contents[kind] = self._sidecar_bytes(entry, place, kind)
+            data = contents[kind]
+            text = None if data is None else sidecar_text(data, column, field)
+            if text is not None:
+                found[column] = text
         return found
 
     def _load_file(self, entry: Entry, place: Place) -> bytes:
@@ -141,11 +147,6 @@ class EntryImages:
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         with self._roots.opened(unescape_name(place.path or "")) as descriptor:
             return os.dup(descriptor)
-
-    def _sidecar(self, entry: Entry, place: Place, column: str) -> str | None:
-        kind, _, field = column.partition(".")
-        data = self._sidecar_bytes(entry, place, kind)
-        return None if data is None else sidecar_text(data, column, field)
 
     def _sidecar_bytes(self, entry: Entry, place: Place, kind: str) -> bytes | None:
         if place.type in {"tar", "zip"}:
@@ -238,6 +239,12 @@ def as_text(value: object) -> str | None:
     if isinstance(value, bool | dict | list):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
+
+
+def texts_of(row: Mapping[str, object], columns: Sequence[str]) -> dict[str, str]:
+    """The texts of a row for these columns; one that is too long is cut to what is still too long."""
+    found = {column: as_text(row.get(column)) for column in columns}
+    return {column: text[: MAX_TEXT + 1] for column, text in found.items() if text is not None}
 
 
 def _seen(entry: Entry) -> Seen | None:

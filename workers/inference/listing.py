@@ -51,8 +51,9 @@ log = get_logger(__name__)
 PUBLISH_S = 1.0
 """How often what was listed becomes claimable."""
 FIRST_PUBLISH_S = 0.1
-SLICE_S = 10.0
-"""How long a listing may go on, once it has published something, while other work waits."""
+SLICES = 5
+"""How many slices of a ticket a listing may go on while other work waits; and how many times longer
+than it needed to begin."""
 _TICK_EVERY = 256
 _OF_ONE_NAME_EACH = frozenset({"folder", "image"})
 """In other places two entries may have the same name."""
@@ -118,7 +119,8 @@ class Listing:
         self._keep_going = keep_going
         self._draining = draining
         self._folder = stores.batches.folder(lease.batch_id)
-        self._publish_at = time.monotonic() + FIRST_PUBLISH_S
+        self._began_at = time.monotonic()
+        self._publish_at = self._began_at + FIRST_PUBLISH_S
         self._pause_at: float | None = None
         self._chunks_told = 0
 
@@ -271,12 +273,12 @@ class Listing:
         """Give the unit back if this worker is wanted for something else."""
         now = time.monotonic()
         if self._pause_at is None:
-            self._pause_at = now + SLICE_S
+            slice_s = self._stores.settings.queue.slice_s
+            self._pause_at = now + SLICES * max(slice_s, now - self._began_at)
         if self._draining():
             raise ListingPaused()
         if now < self._pause_at:
             return
-        self._pause_at = now + SLICE_S
         if self._stores.leases.demand(model_lane(self._source.model), limit=1):
             raise ListingPaused()
 

@@ -258,8 +258,11 @@ def _scratch_errors(path: Path) -> Iterator[None]:
 
 def _is_listed(name: str) -> bool:
     """Whether a member is an image, or would hold images, by its name."""
-    hidden = any(part.startswith(".") and part.strip(".") for part in name.split("/"))
-    return not hidden and (is_image_name(name) or is_archive_name(name))
+    if not is_image_name(name) and not is_archive_name(name):
+        return False
+    if "/." not in name and not name.startswith("."):
+        return True
+    return not any(part.startswith(".") and part.strip(".") for part in name.split("/"))
 
 
 def _checked(name: str, size: int, around: Surroundings) -> str:

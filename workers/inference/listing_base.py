@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,14 +50,19 @@ class Surroundings(msgspec.Struct, frozen=True):
 
 def is_image_name(name: str) -> bool:
     """Whether a file is an image by its name."""
-    return posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return _suffix(name) in IMAGE_SUFFIXES
 
 
 def is_archive_name(name: str) -> bool:
     """Whether a file is an archive by its name."""
-    return posixpath.splitext(name)[1].lower() in ARCHIVE_SUFFIXES
+    return _suffix(name) in ARCHIVE_SUFFIXES
 
 
 def is_set_name(name: str) -> bool:
     """Whether a file holds images, as an archive or table, by its name."""
-    return is_archive_name(name) or posixpath.splitext(name)[1].lower() in TABLE_SUFFIXES
+    return is_archive_name(name) or _suffix(name) in TABLE_SUFFIXES
+
+
+def _suffix(name: str) -> str:
+    # Quicker than splitext, and these are asked millions of times.
+    return name[name.rfind(".") :].lower()

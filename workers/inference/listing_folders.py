@@ -14,10 +14,12 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NamedTuple
 
 from shared.captions import Entry, Place, escape_name, unescape_name
 from shared.errors import EntryRefused, ImageForbidden, ImageNotFound, StorageFailed
+from shared.storage import storage_errors
 from workers.inference.image_files import MISSING, REFUSED, shown
 from workers.inference.listing_base import Found, Surroundings, is_image_name, is_set_name
 from workers.inference.sorted_names import sorted_names
@@ -137,7 +139,8 @@ def walk(
         opened.callback(_close, levels)
         while levels:
             level = levels[-1]
-            following = _next(level, goal[len(levels) - 1] if level.skipping else None)
+            with storage_errors(Path(root, level.prefix)):
+                following = _next(level, goal[len(levels) - 1] if level.skipping else None)
             if following is None:
                 levels.pop()
                 if levels:

@@ -14,7 +14,7 @@ import msgspec
 
 from shared.captions import Entry, Place, escape_name, unescape_name
 from shared.errors import EntryRefused
-from workers.inference.entry_images import as_text, is_url
+from workers.inference.entry_images import as_text, is_url, texts_of
 from workers.inference.image_files import shown
 from workers.inference.listing_archives import opened
 from workers.inference.listing_base import Found, Surroundings
@@ -74,9 +74,7 @@ def _entry(
     if not value:
         return _refused(place, number, f"has no image in {column or ' or '.join(IMAGE_COLUMNS)}")
     name = as_text(row.get(name_column)) if name_column else value
-    texts = {key: as_text(row.get(key)) for key in around.columns}
-    found = {key: text for key, text in texts.items() if text is not None}
-    return path_entry(value, escape_name(name or value), place, found)
+    return path_entry(value, escape_name(name or value), place, texts_of(row, around.columns))
 
 
 def path_entry(path: str, name: str, place: Place, texts: dict[str, str]) -> Entry:

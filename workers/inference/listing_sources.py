@@ -59,6 +59,8 @@ def _unreadable(name: str, error: ImageError | ImageSetUnreadable, cursor: objec
 
 
 _NOWHERE = Place("image")
+_BY_ITSELF = frozenset({None, "glob"})
+"""Types that leave open what a file is."""
 
 
 def _labels(places: list[ImagePlace]) -> list[str]:
@@ -80,11 +82,12 @@ def _find(asked: ImagePlace, label: str, after: object, around: Surroundings) ->
         place = Place("image", file=asked.file, prefix=label)
         return _find_in_file(asked, place, after, around)
     path = asked.path or ""
-    if asked.type == "glob" or (is_pattern(path) and not posixpath.lexists(path)):
+    if is_pattern(path) and (asked.type == "glob" or not posixpath.lexists(path)):
         return _find_by_pattern(asked, label, after, around)
     real = around.roots.resolve(path)
     is_folder = os.path.isdir(real)  # noqa: PTH112 - says no where Path.is_dir fails, for long names
-    if is_folder != (asked.type == "folder") and asked.type is not None:
+    kind = None if asked.type == "glob" else asked.type
+    if kind is not None and is_folder != (kind == "folder"):
         raise ImageSetUnreadable(f"{shown(path)} is {'a' if is_folder else 'no'} folder")
     if is_folder:
         place = Place("folder", path=escape_name(real), prefix=label)
@@ -133,7 +136,7 @@ def _find_in_file(
     """The images of a file, which may be one itself, by its content."""
     with opened(place, around) as stream:
         status = os.fstat(stream.fileno())
-        kind = asked.type or _kind(stream.read(BLOCK), place)
+        kind = _kind(stream.read(BLOCK), place) if asked.type in _BY_ITSELF else asked.type
     place = msgspec.structs.replace(
         place,
         type=kind,

@@ -7,7 +7,7 @@ from typing import Any
 
 from shared.captions import Entry, Place, escape_name
 from shared.errors import ConfigurationError, ImageSetUnreadable, ImageUnreadable
-from workers.inference.entry_images import as_text
+from workers.inference.entry_images import as_text, texts_of
 from workers.inference.listing_archives import opened
 from workers.inference.listing_base import Found, Surroundings
 from workers.inference.listing_lists import IMAGE_COLUMNS, path_entry
@@ -78,8 +78,7 @@ def _entry(
     name_column: str | None,
     around: Surroundings,
 ) -> Entry:
-    found = {key: as_text(values.get(key)) for key in around.columns}
-    texts = {key: text for key, text in found.items() if text is not None}
+    texts = texts_of(values, around.columns)
     name = as_text(values.get(name_column)) if name_column else None
     if column not in values:
         own_name = place.prefix + escape_name(name or f"{number:08d}")

@@ -83,7 +83,7 @@ def _header(stream: BinaryIO, at: int, end: int) -> bytes | None:
     """The header at a position; ``None`` at the end mark, or at the end of the file."""
     stream.seek(at)
     header = stream.read(BLOCK)
-    if not header.strip(b"\0"):
+    if not header or (header[0] == 0 and not header.strip(b"\0")):
         return None
     if len(header) < BLOCK or at + BLOCK > end:
         raise _damaged(at, "it ends in the middle of a header")
