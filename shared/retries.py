@@ -118,9 +118,10 @@ class Retries:
 def _nothing_to_retry(batch: Batch) -> str:
     if batch.state == BatchState.FAILED:
         return "nothing of the batch could be run; correct its input and make a new batch"
-    if batch.total == 0 and batch.source is not None:
+    stopped = batch.state != BatchState.COMPLETED and batch.total == 0
+    if stopped and batch.source is not None:
         return "the batch was stopped before its images were listed; make a new caption job"
-    if batch.total == 0:
+    if stopped:
         return (
             "the batch was stopped before its lines were counted; make a new batch of its "
             f"input file '{batch.input_file_id}'"

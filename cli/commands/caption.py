@@ -38,6 +38,10 @@ _TYPES = ("folder", "glob", "list", "tar", "zip", "table", "image")
 @click.option("--repetition-penalty", type=float, help="Above 1: repeat less.")
 @click.option("--stop", multiple=True, help="End a caption before this text; repeatable.")
 @click.option("--seed", type=int, help="The same seed gives the same captions.")
+@click.option("--sync", "syncs", is_flag=True, help="Ask only about what is new or changed since.")
+@click.option("--set", "set_name", help="The same for a set by its name, wherever its images are.")
+@click.option("--rehash", is_flag=True, help="With --sync: read files that look as before, too.")
+@click.option("--only-new", is_flag=True, help="With --sync: no lines for what has its caption.")
 @click.option("--window", help="How long it may take, e.g. 7d.  [default: 24h]")
 @click.option("--metadata", multiple=True, metavar="NAME=VALUE", help="Kept with the job.")
 @click.option("--upload", "sends", is_flag=True,
@@ -56,6 +60,10 @@ def caption(
     image_column: str | None,
     name_column: str | None,
     *,
+    set_name: str | None,
+    syncs: bool,
+    rehash: bool,
+    only_new: bool,
     sends: bool,
     follow: bool,
     as_json: bool,
@@ -70,6 +78,10 @@ def caption(
     """
     if (prompt is None) == (template is None):
         raise click.UsageError("give --prompt, or --template with {column} in it")
+    sync = {"name": set_name, "rehash": rehash or None, "only_new": only_new or None}
+    wanted = {name: value for name, value in sync.items() if value is not None}
+    if wanted and not (syncs or set_name):
+        raise click.UsageError("--rehash and --only-new need --sync or --set NAME")
     columns = {"type": kind, "image_column": image_column, "name_column": name_column}
     with connect(url, api_key) as client:
         places = [_place(client, path, sends=sends) for path in paths]
@@ -81,6 +93,7 @@ def caption(
             "stop": list(stop) or None,
             "completion_window": window,
             "metadata": pairs(metadata) or None,
+            "sync": wanted if syncs or set_name else None,
             **others,
         }
         created = _created(client, {key: value for key, value in body.items() if value is not None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -165,6 +166,10 @@ def test_what_failed_is_tried_again(node: RunningNode, sdk: openai.OpenAI, image
     mended = sync(node, str(folder))
     assert asked(sdk, mended) == ["bad.jpg"]
     assert mended.request_counts.failed == 1
+    age(write(folder / "bad2.jpg", jpeg(71)))
+    retried = sdk.post(f"/batches/{mended.id}/retry", cast_to=openai.types.Batch)
+    assert asked(sdk, wait_until_ended(sdk, retried.id)) == ["bad2.jpg"]
+    assert asked(sdk, sync(node, str(folder))) == []  # what a retry paid for is remembered, too
 
 
 def test_another_question_or_model_means_anew(
@@ -217,6 +222,9 @@ def test_only_new_leaves_out_what_has_its_line_already(
     assert (nothing.request_counts.total, nothing.output_file_id) == (0, None)
     assert nothing.vlmq["sync"]["passed"] == 5
     assert nothing.vlmq["listing"] == {"complete": True, "images": 0}
+    assert httpx.get(f"{node.base_url}/batches/{nothing.id}/results").text == ""
+    with pytest.raises(openai.BadRequestError, match="no line of the batch failed"):
+        sdk.post(f"/batches/{nothing.id}/retry", cast_to=object)
 
 
 def test_size_and_time_are_believed_unless_told_otherwise(
@@ -286,3 +294,28 @@ def test_a_second_sync_of_a_set_is_refused_while_the_first_runs(
     second = sync(node, str(folder), **slow)
     assert second.status == "completed"
     assert second.vlmq["sync"]["known"] == stopped.request_counts.completed
+
+
+def test_the_command_line_syncs(node: RunningNode, sdk: openai.OpenAI, images: Path) -> None:
+    """By its places or by its name; what belongs to a sync needs one."""
+    folder = filled(images / "cli", range(180, 183))
+    command = ["caption", str(folder), "--model", "echo", "--prompt", "say it", "--json", "--watch"]
+    asked_for = []
+    for more in (
+        [],
+        ["--sync"],
+        ["--sync"],
+        ["--sync", "--only-new"],
+        ["--set", "cli", "--rehash"],
+    ):
+        process = node.vlmq(*command, *more)
+        output, told = process.communicate(timeout=60)
+        assert process.returncode == 0, told
+        batch = json.loads(output)
+        found = sdk.batches.retrieve(batch["id"])
+        asked_for.append((found.request_counts.total, len(asked(sdk, found))))
+        assert (found.vlmq["sync"] is None) == (more == [])
+    assert asked_for == [(3, 3), (3, 3), (3, 0), (0, 0), (3, 3)]
+    process = node.vlmq(*command, "--only-new")
+    assert "need --sync" in process.communicate(timeout=60)[1]
+    assert process.returncode == 2

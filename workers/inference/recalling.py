@@ -26,7 +26,7 @@ from workers.inference.batch_lines import Line
 from workers.inference.chunk_input import entry_lines, entry_of
 
 FIRST_WAIT_S = 10.0
-"""How long a duplicate waits for the line of the first, which another process works on."""
+"""How long a chunk's duplicates wait at least for a first line that another process works on."""
 _POLL_S = 0.1
 
 
@@ -93,7 +93,7 @@ class Recalled(NamedTuple):
 
 
 class Recall:
-    """For the chunks of one synced batch. Raises: StorageFailed, QueueUnavailable.
+    """For one chunk of a synced batch. Raises: StorageFailed, QueueUnavailable.
 
     ``keep_going`` may raise to stop a wait.
     """
@@ -115,6 +115,9 @@ class Recall:
         self._asking = Asking(spec.source, manifest.plan.sync.model)
         self._batches = batches
         self._keep_going = keep_going
+        self._began_at = time.monotonic()
+        self._given_up: set[int] = set()
+        """Chunks that did not come in time."""
         self._at = -1
         """The chunk that ``_lines`` and ``_entries`` are of."""
         self._entries: dict[int, Entry] = {}
@@ -170,9 +173,12 @@ class Recall:
         return self._lines.get(number)
 
     def _committed(self, chunk: int) -> int | None:
-        until = time.monotonic() + FIRST_WAIT_S
+        # It was claimed before the duplicate's chunk, and should not take much longer.
+        now = time.monotonic()
+        until = now if chunk in self._given_up else now + max(FIRST_WAIT_S, now - self._began_at)
         while not (tokens := self._batches.committed_tokens(self._batch_id, chunk, 1)):
-            if time.monotonic() > until:
+            if time.monotonic() >= until:
+                self._given_up.add(chunk)
                 return None
             self._keep_going()
             time.sleep(_POLL_S)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -113,17 +113,26 @@ class Recognizer:
         captioned = self._known.known(row.key for row in rows if row.key is not None)
         return [row._replace(known=row.key in captioned) for row in rows]
 
-    def _contents(self, group: list[Found], before: list[Sighting | None]) -> Iterable[str | None]:
+    def _contents(self, group: list[Found], before: list[Sighting | None]) -> list[str | None]:
         """The digests of the images' bytes, those that have to be read together."""
-        pending: list[str | Callable[[], str | None] | None] = []
-        for item, seen in zip(group, before, strict=True):
+        contents: list[str | None] = [None] * len(group)
+        files = []
+        for index, (item, seen) in enumerate(zip(group, before, strict=True)):
             if seen is not None and not self._rehash and _is_as_seen(item, seen):
-                pending.append(seen.content.hex())
+                contents[index] = seen.content.hex()
             elif _is_file(item):
-                pending.append(self._readers.submit(self._digest, item).result)
-            else:
-                pending.append(None if item.entry.refused else self._digest(item))
-        return [digest() if callable(digest) else digest for digest in pending]
+                files.append(index)
+            elif item.entry.refused is None:
+                contents[index] = self._digest(item)
+        # A share for each reader: handing over every file on its own costs more than reading it.
+        shares = [files[start::_READERS] for start in range(min(_READERS, len(files)))]
+        digests = self._readers.map(
+            lambda share: [self._digest(group[index]) for index in share], shares
+        )
+        for share, found in zip(shares, digests, strict=True):
+            for index, digest in zip(share, found, strict=True):
+                contents[index] = digest
+        return contents
 
     def _digest(self, item: Found) -> str | None:
         """``None`` for what cannot be read; whoever does it next says why."""
