@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from shared.captions import CaptionSource, Entry, ImagePlace, Place, decode_entry
-from shared.errors import LeaseLost
+from shared.errors import FileInUse, LeaseLost
 from shared.jobs import Batch, BatchState
 from shared.leases import CONTROL_LANE, FINAL, PLAN, Lease, model_lane
 from shared.listing import ListingWriter
@@ -26,7 +26,7 @@ from tests.conftest import connected, store_settings
 from tests.faults.batches import ENDPOINT
 from tests.image_sets import write
 from tests.running_node import wait_for
-from tests.stored_batches import MODEL, link_model, now
+from tests.stored_batches import MODEL, link_model, now, upload
 from workers.inference import listing as listing_module
 from workers.inference.control import run_control_unit
 from workers.inference.listing import ListingPaused
@@ -155,6 +155,22 @@ def test_many_takeovers_leave_few_files(stores: Stores, root: Path, hasty: None)
     kinds = Counter(path.name.partition(".")[2] for path in folder.iterdir())
     assert (kinds["plan.json"], kinds["chunks.bin"], kinds["entries.jsonl"]) == (2, 2, 9)
     assert listed_names(stores, batch) == [f"{number}.jpg" for number in range(12)]
+
+
+def test_an_upload_is_kept_while_a_job_reads_it(stores: Stores) -> None:
+    """Also over a rebuild; then it may go."""
+    file = upload(stores, b"\0", purpose="vision")
+    asked = CaptionSource(images=[ImagePlace(file=file.id)], model=MODEL, prompt="x")
+    stores.batches.create(
+        owner="ann", source=asked, endpoint=ENDPOINT, completion_window="24h", metadata=None
+    )
+    for _ in range(2):
+        with pytest.raises(FileInUse):
+            stores.files.delete("ann", file.id)
+        stores.redis.flushall()
+        stores.rebuild()
+    go_on(stores, claim_listing(stores))
+    stores.files.delete("ann", file.id)
 
 
 def test_an_empty_set_fails_the_batch(stores: Stores, root: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pyarrow as pa
@@ -17,7 +21,7 @@ import pyarrow.parquet
 import pytest
 
 from shared.captions import CaptionSource, Entry, ImagePlace
-from shared.errors import ImageSetUnreadable
+from shared.errors import ImageError, ImageSetUnreadable, TextMissing
 from shared.settings import ImageSettings
 from tests.image_sets import jpeg, listed, source, surroundings, tar, write, zipped
 from workers.inference import sorted_names
@@ -385,6 +389,53 @@ def test_a_zip_cut_short_is_refused(root: Path, find: Entries, cut: int) -> None
         find(source(path))
 
 
+def test_a_large_zip_has_its_numbers_elsewhere(
+    root: Path, find: Entries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As archives beyond 4 GiB or 65,535 members have them."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 300)
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
+    path = zipped(root / "set.zip", [(f"{number}.jpg", jpeg(number)) for number in range(5)])
+    assert b"PK\x06\x06" in path.read_bytes()
+    found = find(source(path))
+    images = reader(root)
+    contents = [images.load(item.entry, item.place) for item in found]
+    assert contents == [jpeg(number) for number in range(5)]
+    images.close()
+
+
+@pytest.mark.parametrize("make", [tar, zipped])
+def test_whatever_the_bytes_of_an_archive_nothing_else_happens(
+    root: Path, tmp_path: Path, make: Callable[..., Path]
+) -> None:
+    """Listed or refused; read or an image error; never an end that does not come."""
+    chance = random.Random(11)
+    members = [("a/1.jpg", jpeg(1)), ("a/1.txt", b"one"), ("b/" + "x" * 150 + ".jpg", jpeg(2))]
+    good = make(root / "good", members).read_bytes()
+    kind: Literal["tar", "zip"] = "tar" if make is tar else "zip"
+    asked = source(ImagePlace(path=str(root / "bad"), type=kind), template="{txt}")
+    for _ in range(400):
+        data = bytearray(good)
+        for _ in range(chance.choice([1, 1, 2, 8])):
+            data[chance.randrange(len(data))] = chance.choice([0, 0xFF, chance.randrange(256)])
+        if chance.random() < 0.2:
+            del data[chance.randrange(len(data)) :]
+        (root / "bad").write_bytes(data)
+        images = reader(root)
+        try:
+            around = surroundings(root, tmp_path / "scratch", columns=("txt",))
+            for item in islice(listed(asked, around), 100):
+                if item.entry.refused is None:
+                    with contextlib.suppress(ImageError, TextMissing):
+                        images.texts(item.entry, item.place, asked.columns)
+                    with contextlib.suppress(ImageError):
+                        images.load(item.entry, item.place)
+        except ImageSetUnreadable:
+            pass
+        finally:
+            images.close()
+
+
 # --- lists and tables -------------------------------------------------------------------------
 
 
@@ -460,6 +511,26 @@ def test_a_table_of_paths_is_read_from_the_disk(root: Path, find: Entries) -> No
     assert names(found) == ["x", "y"]
     assert refusals(found) == {"y": "image_unreadable"}
     assert reader(root).load(found[0].entry, found[0].place) == jpeg(1)
+
+
+def test_without_the_library_tables_say_what_to_install(
+    root: Path, find: Entries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other kinds need none."""
+    pyarrow.parquet.write_table(pa.table({"image": ["1.jpg"]}), root / "t.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImageSetUnreadable, match=r"vlmq\[parquet\]"):
+        find(source(root / "t.parquet"))
+
+
+def test_a_type_that_is_not_there_is_refused(root: Path, find: Entries) -> None:
+    """A pattern without wild cards is what it names."""
+    write(root / "set" / "1.jpg", jpeg())
+    for path, kind in ((root / "set", "tar"), (root / "set" / "1.jpg", "folder")):
+        with pytest.raises(ImageSetUnreadable, match="folder"):
+            find(source(ImagePlace(path=str(path), type=kind)))
+    found = find(source(ImagePlace(path=str(root / "set"), type="glob")))
+    assert names(found) == ["1.jpg"]
 
 
 def test_a_table_without_the_column_names_those_it_has(root: Path, find: Entries) -> None:

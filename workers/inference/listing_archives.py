@@ -188,6 +188,8 @@ def _require_plain(member: ZipMember) -> None:
     if member.is_link or member.is_other:
         what = "a link" if member.is_link else "no plain file"
         raise EntryRefused(f"{shown(member.name)} is {what} in the archive")
+    if member.is_outside:
+        raise EntryRefused(f"{shown(member.name)} lies outside of the archive")
     if member.is_encrypted:
         raise EntryRefused(f"{shown(member.name)} is encrypted; pack it without a password")
     if member.method not in {STORED, DEFLATED}:

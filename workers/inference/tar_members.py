@@ -143,10 +143,10 @@ def _number(field: bytes, at: int) -> int:
     """A size: octal digits, or bytes behind a mark for those that are larger."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        raise _damaged(at, "a header's size is no number") from None
+    digits = field.strip(b" \0") or b"0"
+    if not digits.isdigit() or max(digits) > ord("7"):
+        raise _damaged(at, "a header's size is no number")
+    return int(digits, 8)
 
 
 def _decimal(digits: bytes, at: int) -> int:

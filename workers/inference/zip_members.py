@@ -22,7 +22,7 @@ _END_64 = struct.Struct("<4sQ2H2L4Q")
 _CENTRAL = struct.Struct("<4s4B4HL2L5H2L")
 _LOCAL = struct.Struct("<4s2B4HL2L2H")
 _MAX_COMMENT = 65535
-_IN_EXTRA, _IN_EXTRA_SHORT = 0xFFFFFFFF, 0xFFFF
+_IN_EXTRA = 0xFFFFFFFF
 _ENCRYPTED, _SIZES_LATER, _UTF8 = 0x1, 0x8, 0x800
 STORED, DEFLATED = 0, 8
 
@@ -30,7 +30,8 @@ STORED, DEFLATED = 0, 8
 class ZipMember(NamedTuple):
     """A member: where its local header is, what it takes there, and what its file has.
 
-    ``position`` is that of its entry in the directory, ``following`` that of the next.
+    ``position`` is that of its entry in the directory, ``following`` that of the next. One that
+    ``is_outside`` would lie where no member can.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ZipMember(NamedTuple):
     is_folder: bool
     is_link: bool
     is_other: bool
+    is_outside: bool
 
 
 class Directory(NamedTuple):
@@ -63,10 +65,8 @@ def find_directory(stream: BinaryIO) -> Directory:
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) - at < _END.size:
         raise _damaged("it has no directory; it was probably not copied in full")
-    _, _, _, _, count, length, offset, _ = _END.unpack_from(tail, at)
-    end = tail_at + at
-    if _IN_EXTRA in {length, offset} or count == _IN_EXTRA_SHORT:
-        end, length, offset = _directory_64(stream, end, length, offset)
+    _, _, _, _, _, length, offset, _ = _END.unpack_from(tail, at)
+    end, length, offset = _directory_64(stream, tail_at + at, length, offset)
     start = end - length
     if start < 0 or start < offset:
         raise _damaged("its directory is not where it says")
@@ -107,6 +107,7 @@ def read_directory(
             is_folder=name.endswith("/") or mode == stat.S_IFDIR,
             is_link=mode == stat.S_IFLNK,
             is_other=mode not in {0, stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK},
+            is_outside=directory.base + offset + stored > directory.start,
         )
         at = following
 
