@@ -71,6 +71,7 @@ def test_a_created_batch_says_everything_it_will_ever_say(sdk: openai.OpenAI, fi
         "retry_of": None,
         "captions": None,
         "listing": None,
+        "sync": None,
     }
     made = raw.parse()
     assert (made.object, made.status, made.endpoint) == (
