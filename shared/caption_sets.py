@@ -25,7 +25,7 @@ import msgspec
 from shared.captions import CaptionSource, Template, parameters_of
 from shared.errors import StorageFailed, StorageFull
 from shared.models import ModelRecord
-from shared.storage import TEMPORARY_SUFFIX, storage_errors, sync_folder
+from shared.storage import TEMPORARY_SUFFIX, Layout, storage_errors, sync_folder
 
 _NAME = re.compile(r"(\d{8})-(\d{8})\.sqlite")
 _HALF = re.compile(r"\.(\d+)\.[0-9a-f]{8}\.part")
@@ -102,6 +102,20 @@ class Asking:
         digest.update(bytes.fromhex(content))
         digest.update(self._asked.fill(texts or {}).encode())
         return digest.digest()
+
+
+def mark_used(folder: Path) -> None:
+    """Note that a set was synced now. Raises: StorageFailed."""
+    with storage_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.utime(folder)
+
+
+def sets_unused_since(layout: Layout, unix_s: int) -> list[Path]:
+    """The folders of sets that were last synced before that. Raises: StorageFailed."""
+    with storage_errors(layout.captions):
+        folders = [path for path in layout.captions.iterdir() if not path.name.startswith(".")]
+        return sorted(path for path in folders if path.stat().st_mtime < unix_s)
 
 
 class Segment(NamedTuple):

@@ -55,7 +55,8 @@ class Layout:
     def create(self) -> None:
         """Make the folders, readable by this user only (they hold people's images)."""
         with storage_errors(self.root):
-            for folder in (self.root, self.files, self.batches, self.models, self.finetunes):
+            kinds = (self.files, self.batches, self.models, self.finetunes, self.captions)
+            for folder in (self.root, *kinds):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -27,7 +28,8 @@ from shared.errors import LeaseLost, SyncInProgress
 from shared.jobs import Batch, BatchState
 from shared.leases import CONTROL_LANE, FINAL, PLAN, Lease, model_lane
 from shared.manifest import Manifest
-from shared.settings import snapshot
+from shared.retention import sweep
+from shared.settings import snapshot, with_overrides
 from shared.shards import ShardHeader, shard_path, write_shard
 from shared.storage import write_json
 from shared.stores import Stores
@@ -251,6 +253,30 @@ def test_a_set_that_failed_to_be_listed_may_be_synced_again(stores: Stores, root
     run(stores, claim(stores, PLAN))
     assert now(stores, batch).state == BatchState.FAILED
     assert record(stores, filled(root, 1)).state == BatchState.VALIDATING
+
+
+def test_a_set_that_is_not_synced_any_more_is_forgotten_when_it_is_due(
+    stores: Stores, root: Path
+) -> None:
+    """Only then, and only by the setting; what is asked next is asked anew."""
+    settings = with_overrides(stores.settings, storage={"keep_caption_sets_days": 7})
+    with connected(settings) as sweeping:
+        for days, known in ((6, 2), (8, 0)):
+            for _ in range(2):
+                batch = record(stores, filled(root, 2))
+                run(stores, claim(stores, PLAN))
+                answer_chunk(stores, batch)
+                run(stores, claim(stores, FINAL))
+            then = time.time() - days * 86_400
+            os.utime(set_folder(stores), (then, then))
+            sweep(stores)
+            assert set_folder(stores).exists()
+            assert sweep(sweeping) == (known == 0)
+            batch = record(stores, root)
+            run(stores, claim(stores, PLAN))
+            assert now(stores, batch).known == known
+            stores.batches.cancel("ann", batch.id)
+            run(stores, claim(stores, FINAL))
 
 
 def learn_all(stores: Stores, batch: Batch, folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared.batches import BatchStore, synced_set
-from shared.caption_sets import Asking, SegmentWriter, add_generation, model_identity
+from shared.caption_sets import Asking, SegmentWriter, add_generation, mark_used, model_identity
 from shared.captions import SyncPlan
 from shared.jobs import BatchSpec
 from shared.leases import Lease
@@ -55,7 +55,9 @@ def remember(
             keep_going()
             learned.write(chunk, shard_path(folder, chunk, token), writer)
 
-    add_generation(layout.caption_set_dir(synced_set(spec)), sync.generation, fill)
+    known = layout.caption_set_dir(synced_set(spec))
+    add_generation(known, sync.generation, fill)
+    mark_used(known)
 
 
 class _Learned:
