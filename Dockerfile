@@ -54,14 +54,14 @@ COPY locks/cpu.txt locks/
 # it needs comes with the rest.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN uv pip install --no-deps --index-url "${TORCH_INDEX}" "$(grep '^torch==' locks/cpu.txt)"
-RUN uv pip install --requirements pyproject.toml --extra api --extra cpu \
+RUN uv pip install --requirements pyproject.toml --extra api --extra cpu --extra parquet \
         --constraints locks/cpu.txt
 COPY . .
 RUN uv pip install --no-deps .
 
 FROM environment AS inference-environment
 COPY locks/inference.txt locks/
-RUN uv pip install --requirements pyproject.toml --extra api --extra inference \
+RUN uv pip install --requirements pyproject.toml --extra api --extra inference --extra parquet \
         --constraints locks/inference.txt
 COPY . .
 RUN uv pip install --no-deps .

@@ -19,7 +19,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := api,cpu,training,dev
+EXTRAS := api,cpu,parquet,training,dev
 TORCH_ARGS ?=
 GPU_PYTHON ?= python3
 ARGS ?=
@@ -57,9 +57,9 @@ lint: $(READY)
 	@echo "lint: ruff, mypy --strict and import rules are clean"
 
 lock: $(READY)
-	@$(COMPILE) --extra api --extra cpu --extra training --extra dev -o locks/cpu.txt
+	@$(COMPILE) --extra api --extra cpu --extra parquet --extra training --extra dev -o locks/cpu.txt
 	@$(COMPILE) --extra cpu --extra training -o locks/training.txt
-	@$(COMPILE) --extra api --extra inference -o locks/inference.txt
+	@$(COMPILE) --extra api --extra inference --extra parquet -o locks/inference.txt
 	@wc -l locks/*.txt
 
 clean:

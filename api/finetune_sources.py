@@ -10,6 +10,7 @@ from pathlib import Path
 
 from api import current
 from api.schemas.finetune_request import CreateFinetune
+from shared.captions import NOT_FROM_CAPTIONS
 from shared.checkpoints import CONFIG
 from shared.errors import Forbidden, InvalidValue, NotFound
 from shared.finetunes import FinetuneSpec
@@ -70,6 +71,8 @@ def _check_batch(batch_id: str) -> None:
     stores, owner, param = current.stores(), current.owner(), "training_file"
     try:
         batch = stores.batches.get(owner, batch_id)
+        if batch.input_file_id is None:
+            raise InvalidValue(NOT_FROM_CAPTIONS, param=param)
         stores.files.get(owner, batch.input_file_id)
     except NotFound as error:
         raise InvalidValue(error.message, param=param) from None

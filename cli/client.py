@@ -87,6 +87,10 @@ class Client:
             body["metadata"] = metadata
         return self._json("POST", "/v1/batches", json=body)
 
+    def create_captions(self, body: Json) -> Json:
+        """Start captioning an image set."""
+        return self._json("POST", "/v1/captions", json=body)
+
     def batch(self, batch_id: str) -> Json:
         """One batch."""
         return self._json("GET", f"/v1/batches/{batch_id}")
@@ -105,6 +109,27 @@ class Client:
         path = f"/v1/batches/{batch_id}/results"
         with self._stream("GET", path, params={"after": after}) as response:
             yield ResultLines(response)
+
+    @contextmanager
+    def rows(
+        self, batch_id: str, *, after: int, limit: int, with_messages: bool
+    ) -> Iterator[ResultLines]:
+        """The lines of a batch that are done, flat, after that line of its input."""
+        query = {"after": after, "limit": limit, "messages": "true" if with_messages else "false"}
+        with self._stream("GET", f"/v1/batches/{batch_id}/rows", params=query) as response:
+            yield ResultLines(response)
+
+    @contextmanager
+    def review_lines(self, batch_id: str, after: int) -> Iterator[ResultLines]:
+        """Of these lines, those that the quality gate wants reviewed."""
+        path = f"/v1/batches/{batch_id}/review"
+        with self._stream("GET", path, params={"after": after, "limit": 10_000}) as response:
+            yield ResultLines(response)
+
+    def provenance(self, batch_id: str) -> list[Json]:
+        """What the lines of a caption job came of."""
+        found: list[Json] = self._json("GET", f"/v1/batches/{batch_id}/provenance")["data"]
+        return found
 
     def batches(self, limit: int, after: str | None = None) -> Json:
         """A page of batches, newest first."""

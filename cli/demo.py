@@ -2,14 +2,16 @@
 
 Starts ``vlmq up`` in a folder of its own, captions one picture by streamed chat and 200 pictures
 by batch, both with the unmodified ``openai`` SDK, and compares every caption with the truth. The
-pictures are scenes that the bundled tiny model was not trained on. Then a model that has learned
-nothing is fine-tuned to do the same, and asked about the same pictures.
+pictures are scenes that the bundled tiny model was not trained on. Then it captions them once more
+as a folder and as a tar; and a model that has learned nothing is fine-tuned to do the same, and asked
+about the same pictures.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import signal
 import socket
@@ -27,7 +29,7 @@ import click
 import httpx
 import openai
 
-from cli import demo_finetune
+from cli import demo_captions, demo_finetune
 
 MODEL = "tiny-internvl2"
 SCENES = 200
@@ -74,6 +76,9 @@ def main() -> int:
             sdk = openai.OpenAI(base_url=base_url, api_key="none needed on loopback")
             chat(sdk, pictures[0])
             shares = {MODEL: batch(sdk, pictures)}
+            right = {picture.path.name: picture.caption for picture in pictures}
+            sets = demo_captions.image_sets(base_url, MODEL, folder / "pictures", right)
+            shares["the same, as a folder and as a tar"] = sets
             shares.update(tune(sdk, folder, pictures))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -115,7 +120,9 @@ def server(folder: Path) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "cli.main", "up", "--port", str(port)]
     click.echo(f"\n$ vlmq up --port {port}")
-    process = subprocess.Popen([*command, "--data-dir", str(folder / "data")])
+    roots = json.dumps([str(folder / "pictures")])
+    environment = {**os.environ, "VLMQ_IMAGES__ROOTS": roots}
+    process = subprocess.Popen([*command, "--data-dir", str(folder / "data")], env=environment)
     try:
         wait_until_ready(process, port)
         yield f"http://127.0.0.1:{port}/v1"

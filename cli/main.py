@@ -9,6 +9,7 @@ from importlib.metadata import version
 import click
 
 from cli.commands.batch import batch
+from cli.commands.caption import caption
 from cli.commands.chat import chat
 from cli.commands.compare import compare
 from cli.commands.doctor import doctor
@@ -29,7 +30,20 @@ def vlmq() -> None:
     """A self-hosted job queue for vision-language models."""
 
 
-for command in (up, worker, chat, compare, batch, finetune, models, status, health, keys, doctor):
+for command in (
+    up,
+    worker,
+    chat,
+    caption,
+    compare,
+    batch,
+    finetune,
+    models,
+    status,
+    health,
+    keys,
+    doctor,
+):
     vlmq.add_command(command)
 models.add_command(pull_model)
 

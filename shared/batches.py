@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 
+from shared.caption_sets import set_id
+from shared.captions import CaptionSource
 from shared.clock import unix_now
 from shared.connection import PREFIX, Connection
 from shared.errors import (
@@ -22,12 +24,14 @@ from shared.errors import (
     LeaseLost,
     NotFound,
     QueueUnavailable,
+    SyncInProgress,
     VlmqError,
 )
 from shared.files import FileRecord
 from shared.ids import is_id, new_id
 from shared.jobs import Batch, BatchProblem, BatchSpec, BatchState, StopReason
 from shared.leases import Lease
+from shared.listing import problems_of
 from shared.log import get_logger
 from shared.manifest import Plan
 from shared.paging import Page, ids_after
@@ -40,6 +44,8 @@ log = get_logger(__name__)
 
 _WINDOW_UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 _COMMIT = struct.Struct("<I")
+COUNT = "count:"
+"""What the fields of a batch's record begin with that count by reason (:mod:`shared.tally`)."""
 
 
 def window_s(text: str) -> int:
@@ -82,16 +88,18 @@ class BatchStore:
         self,
         *,
         owner: str,
-        input_file: FileRecord,
+        input_file: FileRecord | None = None,
+        source: CaptionSource | None = None,
         endpoint: str,
         completion_window: str,
         metadata: dict[str, str] | None,
         output_expires_after_s: int | None = None,
         retry_of: str | None = None,
     ) -> Batch:
-        """Record a batch and put it in line to be planned.
+        """Record a batch of a file or of an image set, and put it in line to be planned.
 
-        Raises: StorageFull, QueueUnavailable (then nothing is left of it).
+        Raises: StorageFull, QueueUnavailable; SyncInProgress if another one syncs this image set. Then
+        nothing is left of it.
         """
         require_space(self._layout.batches, self._min_free_bytes)
         now = unix_now()
@@ -99,13 +107,14 @@ class BatchStore:
             id=new_id("batch_"),
             owner=owner,
             endpoint=endpoint,
-            input_file_id=input_file.id,
+            input_file_id=None if input_file is None else input_file.id,
             completion_window=completion_window,
             created_at=now,
             expires_at=now + window_s(completion_window),
             metadata=metadata,
             output_expires_after_s=output_expires_after_s,
             retry_of=retry_of,
+            source=source,
         )
         folder = self.folder(spec.id)
         with storage_errors(folder):
@@ -121,18 +130,28 @@ class BatchStore:
         return self.get(owner, spec.id)
 
     def enter(self, spec: BatchSpec) -> None:
-        """Put a recorded batch into Redis, to be planned. Does nothing if it is there already."""
+        """Put a recorded batch into Redis, to be planned. Does nothing if it is there already.
+
+        Raises: SyncInProgress if another one syncs its image set.
+        """
         encoded = msgspec.json.encode(spec)
         created_ms = spec.created_at * 1000
-        self._scripts(
+        other = self._scripts(
             "create",
             spec.id,
             spec.owner,
             encoded,
-            spec.input_file_id,
             created_ms,
             spec.expires_at,
+            synced_set(spec),
+            *spec.files_used,
         )
+        if isinstance(other, bytes):
+            raise SyncInProgress(
+                f"the batch '{other.decode()}' is syncing this image set; wait until it has ended, or "
+                "cancel it",
+                param="sync",
+            )
 
     def get(self, owner: str, batch_id: str) -> Batch:
         """The batch as it is now. Raises: NotFound, for somebody else's too."""
@@ -203,13 +222,34 @@ class BatchStore:
         )
         self._require(done, lease, {BatchState.IN_PROGRESS})
 
+    def listed(self, lease: Lease, plan: Plan) -> None:
+        """More of an image set is in its manifest: the chunks may be claimed. Raises: LeaseLost."""
+        done = self._scripts(
+            "listed",
+            lease.batch_id,
+            lease.token,
+            plan.model,
+            plan.chunks,
+            plan.total,
+            int(plan.complete),
+            "" if plan.seen is None else plan.seen,
+            "" if plan.seen is None else int(plan.seen_all),
+            *_sync_counts(plan),
+            *problems_of(plan),
+        )
+        if done:
+            return
+        batch = self.get(lease.spec.owner, lease.batch_id)
+        if batch.listing or not plan.complete or batch.chunks != plan.chunks:
+            raise LeaseLost()  # else only the answer was lost: this very plan counts
+
     def rejected(self, lease: Lease, total: int, problems: Sequence[BatchProblem]) -> None:
         """Nothing of the input can be run: the batch has failed. Raises: LeaseLost."""
         done = self._scripts(
             "rejected",
             lease.batch_id,
             lease.token,
-            lease.spec.input_file_id,
+            msgspec.json.encode(lease.spec.files_used),
             total,
             *(msgspec.json.encode(problem) for problem in problems),
         )
@@ -232,6 +272,8 @@ class BatchStore:
             header.prompt_tokens,
             header.completion_tokens,
             header.images,
+            msgspec.json.encode(header.counts),
+            header.output_bytes,
             *(msgspec.json.encode(problem) for problem in problems),
         )
         if done is None:
@@ -253,7 +295,7 @@ class BatchStore:
             "finish",
             lease.batch_id,
             lease.token,
-            lease.spec.input_file_id,
+            msgspec.json.encode(lease.spec.files_used),
             state.value,
             output_file_id or "",
             error_file_id or "",
@@ -330,9 +372,25 @@ class BatchStore:
         ]
 
 
+def synced_set(spec: BatchSpec) -> str:
+    """The set that a batch syncs, or else nothing."""
+    if spec.source is None or spec.source.sync is None:
+        return ""
+    return set_id(spec.owner, spec.source)
+
+
+def _sync_counts(plan: Plan) -> tuple[int, int, int]:
+    if plan.sync is None:
+        return 0, 0, 0
+    return plan.sync.known, plan.sync.duplicates, plan.sync.passed
+
+
 def _decode(fields: dict[bytes, bytes], problems: Sequence[bytes]) -> Batch:
     texts = {name.decode(): value.decode() for name, value in fields.items() if value != b""}
     spec = msgspec.json.decode(texts["spec"], type=dict)
-    known = {name: texts[name] for name in texts if name in Batch.__struct_fields__}
-    known["problems"] = [msgspec.json.decode(problem) for problem in problems]  # type: ignore[assignment]
+    known: dict[str, Any] = {name: texts[name] for name in texts if name in Batch.__struct_fields__}
+    known["problems"] = [msgspec.json.decode(problem) for problem in problems]
+    known["counts"] = {
+        name.removeprefix(COUNT): by for name, by in texts.items() if name.startswith(COUNT)
+    }
     return msgspec.convert({**known, **spec}, Batch, strict=False)

@@ -63,11 +63,11 @@ class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["text"]
 
 
-class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of ``POST /v1/chat/completions``. ``None`` means: the model's default."""
+class GenerationParameters(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True
+):
+    """How to write an answer. ``None`` means: the model's default."""
 
-    model: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-    messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None = None
@@ -77,11 +77,6 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_new_tokens: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None = None
     stop: str | list[str] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    n: Literal[1] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    response_format: ResponseFormat | None = None
 
     @property
     def token_limit(self) -> int | None:
@@ -96,6 +91,31 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.stop is None:
             return []
         return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def check_parameters(self) -> None:
+        """Raise the rules that one field's type cannot say.
+
+        Raises: InvalidValue with the field's name.
+        """
+        if self.stop is not None:
+            stops = self.stop_strings
+            if len(stops) > MAX_STOP_STRINGS or not all(stops):
+                raise InvalidValue(
+                    f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty",
+                    param="stop",
+                )
+
+
+class ChatRequest(GenerationParameters, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /v1/chat/completions``."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
+    n: Literal[1] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def image_count(self) -> int:
@@ -120,13 +140,7 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for index, message in enumerate(self.messages):
             if not isinstance(message.content, str):
                 _check_parts(message.role, message.content, f"messages[{index}].content")
-        if self.stop is not None:
-            stops = self.stop_strings
-            if len(stops) > MAX_STOP_STRINGS or not all(stops):
-                raise InvalidValue(
-                    f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty",
-                    param="stop",
-                )
+        self.check_parameters()
         if self.stream_options is not None and not self.stream:
             raise InvalidValue("stream_options needs stream: true", param="stream_options")
 

@@ -261,6 +261,36 @@ class ImageDownloadFailed(ImageError):
     code = "image_download_failed"
 
 
+class ImageChanged(ImageError):
+    """The file is not what it was when the image set was listed; retry it, or list the set anew."""
+
+    code = "image_changed"
+
+
+class EntryRefused(ImageError):
+    """The entry of the image set is no image that may be read."""
+
+    code = "entry_refused"
+
+
+class TextMissing(InvalidRequest):
+    """The template needs a text that this image does not have."""
+
+    code = "text_missing"
+
+
+class SyncInProgress(InvalidRequest):
+    """Another batch is syncing this image set."""
+
+    code = "sync_in_progress"
+
+
+class ImageSetUnreadable(InvalidRequest):
+    """The image set cannot be listed."""
+
+    code = "image_set_unreadable"
+
+
 # --- the work could not be done ---------------------------------------------------------------
 
 

@@ -11,6 +11,9 @@ from typing import Literal
 
 import msgspec
 
+from shared.captions import CaptionSource
+from shared.ids import derived_id
+
 StopReason = Literal["cancelled", "expired"]
 
 
@@ -65,7 +68,8 @@ class BatchSpec(msgspec.Struct, frozen=True):
     id: str
     owner: str
     endpoint: str
-    input_file_id: str
+    input_file_id: str | None
+    """``None`` for an image set, which has ``source``."""
     completion_window: str
     created_at: int
     expires_at: int
@@ -73,6 +77,17 @@ class BatchSpec(msgspec.Struct, frozen=True):
     output_expires_after_s: int | None = None
     retry_of: str | None = None
     """The batch whose failed lines these are."""
+    source: CaptionSource | None = None
+
+    @property
+    def files_used(self) -> list[str]:
+        """The files, and the batch, that must be kept until this batch has ended."""
+        if self.source is not None and self.retry_of is not None:
+            errors = derived_id("file-", self.retry_of, "errors")
+            return [*self.source.file_ids, self.retry_of, errors]
+        if self.source is not None:
+            return self.source.file_ids
+        return [] if self.input_file_id is None else [self.input_file_id]
 
 
 class Batch(BatchSpec, frozen=True, kw_only=True):
@@ -94,9 +109,35 @@ class Batch(BatchSpec, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     chunks: int = 0
+    listing: bool = False
+    """Whether more of its image set is to come."""
+    known: int = 0
+    """Of a sync: images that have captions from before."""
+    duplicates: int = 0
+    """Of a sync: images that are the same as an earlier one."""
+    passed: int = 0
+    """Of a sync of what is new only: images that are left out."""
     problems: list[BatchProblem] = []
     output_file_id: str | None = None
     error_file_id: str | None = None
+    counts: dict[str, int] = {}
+    """By reason, as :mod:`shared.tally` names them."""
+    output_bytes: int = 0
+    """Of the output lines that are committed."""
+    started_ms: int | None = None
+    """When its first chunk was claimed, by Redis's clock in milliseconds, as all that end so."""
+    started_done: int = 0
+    """How many lines were done then: some, if Redis was lost and restored."""
+    committed_ms: int | None = None
+    """When a chunk was last committed."""
+    from_ms: int | None = None
+    """Since when the present rate is measured."""
+    from_done: int = 0
+    """How many lines were done then."""
+    seen: int | None = None
+    """Of a sample: how many images it was taken from."""
+    seen_all: bool = True
+    """Whether the set has no more images than were seen."""
     warning: str | None = None
     """The code of a passing trouble, such as ``storage_full``."""
 

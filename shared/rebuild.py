@@ -8,22 +8,24 @@ in progress is claimed anew. What is still in Redis is left as it is, so this ma
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from shared.batches import BatchStore
+from shared.batches import COUNT, BatchStore, synced_set
 from shared.connection import PREFIX, Connection
-from shared.errors import StorageFailed
+from shared.errors import StorageFailed, SyncInProgress
 from shared.files import FileRecord, FileStore
 from shared.finetune_store import FinetuneStore, used_by
 from shared.jobs import Batch, BatchProblem, BatchSpec, BatchState
+from shared.listing import adopt_listing
 from shared.manifest import Manifest
 from shared.scripts import Scripts
 from shared.shards import ShardHeader, find_shards, read_header
 from shared.storage import Layout, read_json
+from shared.tally import total
 
 _TOKEN_LEAP = 1 << 20
 """New tokens start this far above those on disk, out of reach of any that was still in use."""
@@ -100,7 +102,7 @@ class Rebuild:
         for folder in folders:
             try:
                 restore(folder)
-            except (StorageFailed, msgspec.ValidationError) as error:
+            except (StorageFailed, SyncInProgress, msgspec.ValidationError) as error:
                 self.report.damaged.append(f"{folder.name}: {error}")
 
     def _protect_input(self, folder: Path) -> None:
@@ -108,7 +110,8 @@ class Rebuild:
         value = read_json(folder / "batch.json")
         if value is not None and not (folder / "final.json").exists():
             spec = msgspec.convert(value, BatchSpec)
-            self._redis.sadd(f"{PREFIX}users:{spec.input_file_id}", spec.id)
+            for file_id in spec.files_used:
+                self._redis.sadd(f"{PREFIX}users:{file_id}", spec.id)
 
     def _protect_data(self, folder: Path) -> None:
         job = self._finetunes.recorded(folder.name)
@@ -150,6 +153,12 @@ class Rebuild:
         plan = Manifest(folder).plan
         tokens = self._tokens(folder)
         headers = self._headers(tokens)
+        token = max((token for token, _ in tokens.values()), default=0)
+        if plan.parts:
+            token = max(token, plan.parts[-1].token)
+            if not self._redis.exists(f"{PREFIX}batch:{spec.id}"):
+                # Whoever was listing it holds no lease any more, and must not take this for his.
+                plan = adopt_listing(folder, token + _TOKEN_LEAP)
         upcoming = max(headers, default=-1) + 1
         fields: dict[str, Any] = {
             "state": BatchState.IN_PROGRESS.value,
@@ -163,8 +172,22 @@ class Rebuild:
             "failed": sum(header.failed for header in headers.values()),
             "prompt_tokens": sum(header.prompt_tokens for header in headers.values()),
             "completion_tokens": sum(header.completion_tokens for header in headers.values()),
-            "token": max((token for token, _ in tokens.values()), default=0) + _TOKEN_LEAP,
+            "output_bytes": sum(header.output_bytes for header in headers.values()),
+            **_counts(total(header.counts for header in headers.values())),
+            "token": token + _TOKEN_LEAP,
         }
+        if not plan.complete:
+            fields["listing"] = 1
+        if plan.parts:
+            fields["listing_problems"] = len(plan.problems)
+        if plan.seen is not None:
+            fields |= {"seen": plan.seen, "seen_all": int(plan.seen_all)}
+        if plan.sync is not None:
+            fields["known"] = plan.sync.known
+            fields["duplicates"] = plan.sync.duplicates
+            fields["passed"] = plan.sync.passed
+        if synced_set(spec):
+            fields["syncs"] = synced_set(spec)
         stop = read_json(folder / "stop.json")
         if stop is not None:
             fields["stop_reason"] = stop["reason"]
@@ -175,7 +198,13 @@ class Rebuild:
             for chunk in range(upcoming)
         )
         missing = [chunk for chunk in range(upcoming) if chunk not in headers]
-        self._restore(spec, fields, commits=commits, missing=missing, problems=_problems(folder))
+        self._restore(
+            spec,
+            fields,
+            commits=commits,
+            missing=missing,
+            problems=_problems(folder, plan.problems),
+        )
         self.report.chunks_kept += len(headers)
 
     def _tokens(self, folder: Path) -> dict[int, tuple[int, Path]]:
@@ -219,7 +248,7 @@ class Rebuild:
         self._scripts(
             "restore",
             spec.id,
-            spec.input_file_id,
+            msgspec.json.encode(spec.files_used),
             spec.created_at * 1000,
             spec.expires_at,
             int(terminal),
@@ -238,14 +267,24 @@ class Rebuild:
 def _fields(batch: Batch) -> dict[str, Any]:
     """The fields of the record of a batch that has ended."""
     values = msgspec.to_builtins(batch)
-    skipped = {*BatchSpec.__struct_fields__, "problems"}
-    return {
-        name: value for name, value in values.items() if value is not None and name not in skipped
+    skipped = {*BatchSpec.__struct_fields__, "problems", "counts", "seen_all"}
+    fields = {
+        name: int(value) if value is True else value
+        for name, value in values.items()
+        if value is not None and value is not False and name not in skipped
     }
+    if batch.seen is not None:
+        fields["seen_all"] = int(batch.seen_all)
+    return {**fields, **_counts(batch.counts)}
 
 
-def _problems(folder: Path) -> list[BatchProblem]:
-    found: list[BatchProblem] = []
+def _counts(counts: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a record that count by reason."""
+    return {f"{COUNT}{name}": by for name, by in counts.items()}
+
+
+def _problems(folder: Path, known: list[BatchProblem]) -> list[BatchProblem]:
+    found = known.copy()
     paths = (folder / "problems").glob("[0-9]*.json")
     for path in sorted(paths, key=lambda path: int(path.stem)):
         found += msgspec.convert(read_json(path), list[BatchProblem])

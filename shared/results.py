@@ -13,7 +13,7 @@ import os
 import re
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -133,16 +133,26 @@ class ResultPage:
 
         Raises: StorageFailed; NotFound if a result file is deleted meanwhile.
         """
-        block = bytearray()
+        return in_blocks(line for _, lines in self.chunks() for _, line in lines)
+
+    def chunks(self) -> Iterator[tuple[Chunk, Iterator[tuple[int, bytes]]]]:
+        """The chunks, each with its lines that belong to the page, by number. Raises: as ``blocks``."""
         for index in self._chunks:
-            for number, line in self._source.lines(index):
-                if self._after < number <= self.next_after:
-                    block += line
-                if len(block) >= _BLOCK_BYTES:
-                    yield bytes(block)
-                    block.clear()
-        if block:
+            lines = self._source.lines(index)
+            wanted = (item for item in lines if self._after < item[0] <= self.next_after)
+            yield self._source.chunk(index), wanted
+
+
+def in_blocks(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines joined into blocks of some 64 KiB."""
+    block = bytearray()
+    for line in lines:
+        block += line
+        if len(block) >= _BLOCK_BYTES:
             yield bytes(block)
+            block.clear()
+    if block:
+        yield bytes(block)
 
 
 class ResultStore:
@@ -169,6 +179,8 @@ class ResultStore:
         first = manifest.chunk_of_line(after + 1)
         # Tokens first: they are gone when the batch has ended, and its state then says so.
         tokens = self._batches.committed_tokens(batch_id, first, limit)
+        # The manifest of an image set may have grown since it was read.
+        tokens = tokens[: max(0, manifest.plan.chunks - first)]
         batch = self._batches.get(owner, batch_id)
         source = _Source(self._batches, self._files, batch, manifest, first, tokens)
         return _cut(source, first, after, limit)

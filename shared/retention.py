@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.caption_sets import sets_unused_since
 from shared.clock import unix_now
 from shared.errors import NotFound
 from shared.finetunes import Finetune
@@ -44,6 +45,11 @@ def sweep(stores: Stores) -> int:
         for batch in stores.batches.ended_before(_ago(storage.keep_batches_days)):
             _remove_batch(stores, batch)
             count += 1
+    if storage.keep_caption_sets_days is not None:
+        for folder in sets_unused_since(stores.layout, _ago(storage.keep_caption_sets_days)):
+            # A sync that begins meanwhile asks anew about what is gone.
+            remove_tree(folder)
+            count += 1
     if storage.keep_finetunes_days is not None:
         for job in stores.finetunes.ended_before(_ago(storage.keep_finetunes_days)):
             count += _remove_finetune(stores, job)
@@ -60,7 +66,12 @@ def clear_leftovers(stores: Stores) -> int:
     """
     count = 0
     layout = stores.layout
-    written_last = {layout.files: "file.json", layout.batches: None, layout.finetunes: "job.json"}
+    written_last = {
+        layout.files: "file.json",
+        layout.batches: None,
+        layout.captions: None,
+        layout.finetunes: "job.json",
+    }
     for parent, record in written_last.items():
         for folder in _folders(parent):
             half_deleted = folder.name.endswith(TEMPORARY_SUFFIX)

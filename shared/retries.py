@@ -29,6 +29,8 @@ class Retries:
         """The most that has to be read to retry a batch; 0 if it cannot be."""
         try:
             batch = self._batches.get(owner, batch_id)
+            if batch.input_file_id is None:
+                return 0
             return self._files.get(owner, batch.input_file_id).bytes
         except NotFound:
             return 0
@@ -42,7 +44,10 @@ class Retries:
         new file may be left, for its owner to delete.
         """
         batch = self._batches.get(owner, batch_id)
-        source = self._source(batch)
+        self._check(batch)
+        if batch.input_file_id is None:
+            return self._of_image_set(batch)
+        source = self._source(batch, batch.input_file_id)
         path = self._files.content_path(batch.owner, source.id)
         filename = f"{batch.id}_retry.jsonl"
         with self._files.begin(owner=batch.owner, filename=filename, purpose="batch") as writer:
@@ -63,19 +68,48 @@ class Retries:
             self._files.discard(record)
             raise
 
-    def _source(self, batch: Batch) -> FileRecord:
-        """The file that holds the text of the batch's failed lines."""
+    def _of_image_set(self, batch: Batch) -> Batch:
+        """Nothing is copied here: a worker finds the failed entries as it lists a set."""
+        assert batch.source is not None, "a batch has an input file or an image set"
+        assert batch.error_file_id is not None, "something failed"
+        self._files.get(batch.owner, batch.error_file_id)
+        for file_id in batch.source.file_ids:
+            self._require_upload(batch.owner, file_id)
+        return self._batches.create(
+            owner=batch.owner,
+            source=batch.source,
+            endpoint=batch.endpoint,
+            completion_window=batch.completion_window,
+            metadata=batch.metadata,
+            output_expires_after_s=batch.output_expires_after_s,
+            retry_of=batch.id,
+        )
+
+    def _require_upload(self, owner: str, file_id: str) -> None:
+        try:
+            self._files.get(owner, file_id)
+        except NotFound:
+            raise InvalidValue(
+                f"the upload '{file_id}' that holds images of the batch was deleted; upload it again "
+                "and make a new caption job",
+                param="images",
+            ) from None
+
+    def _check(self, batch: Batch) -> None:
         if not batch.is_terminal:
             raise IllegalTransition(
                 f"the batch is {batch.state}; its failed lines can be retried once it has ended"
             )
         if batch.error_file_id is None:
             raise InvalidRequest(_nothing_to_retry(batch), param="batch_id")
+
+    def _source(self, batch: Batch, file_id: str) -> FileRecord:
+        """The file that holds the text of the batch's failed lines."""
         try:
-            return self._files.get(batch.owner, batch.input_file_id)
+            return self._files.get(batch.owner, file_id)
         except NotFound:
             raise InvalidValue(
-                f"the batch's input file '{batch.input_file_id}' was deleted, and with it the text "
+                f"the batch's input file '{file_id}' was deleted, and with it the text "
                 "of the failed lines; upload them again and make a new batch",
                 param="input_file_id",
             ) from None
@@ -83,8 +117,11 @@ class Retries:
 
 def _nothing_to_retry(batch: Batch) -> str:
     if batch.state == BatchState.FAILED:
-        return "nothing of the batch could be run; correct its file and make a new batch"
-    if batch.total == 0:
+        return "nothing of the batch could be run; correct its input and make a new batch"
+    stopped = batch.state != BatchState.COMPLETED and batch.total == 0
+    if stopped and batch.source is not None:
+        return "the batch was stopped before its images were listed; make a new caption job"
+    if stopped:
         return (
             "the batch was stopped before its lines were counted; make a new batch of its "
             f"input file '{batch.input_file_id}'"

@@ -45,6 +45,8 @@ class StorageSettings(_Section):
     """Uploaded files are deleted after this many days, unless a live batch needs them."""
     keep_batches_days: float | None = None
     """Finished batches and their output files are deleted after this many days."""
+    keep_caption_sets_days: float | None = None
+    """What is known of a synced image set is deleted when it was not synced for this many days."""
     keep_finetunes_days: float | None = None
     """Fine-tunes that ended are deleted after this many days, with checkpoints and result files,
     but not one that a registered model came of."""

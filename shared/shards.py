@@ -1,6 +1,7 @@
 """Shards: the finished lines of one chunk, in one file named by chunk and fencing token.
 
-A shard is a header line of fixed length, then the output lines, then the error lines. The token in
+A shard is a header line padded to a multiple of 256 bytes, then the output lines, then the error lines;
+for an image set also what they came of, as JSON. The token in
 the name makes a late writer harmless: its name is never committed. Where Redis was lost, the
 highest token of a chunk is the committed one, for a committed chunk is never claimed again.
 """
@@ -19,11 +20,16 @@ from shared.errors import StorageFailed
 from shared.storage import atomic_file, storage_errors
 
 _HEADER_BYTES = 256
+_MAX_HEADER_BYTES = 256 * _HEADER_BYTES
 _NAME = re.compile(r"(?P<chunk>\d{8})-(?P<token>\d{10})\.shard")
 
 
-class ShardHeader(msgspec.Struct, frozen=True):
-    """What a shard holds: bytes and lines of each part, and the tokens and images of its answers."""
+class ShardHeader(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a shard holds: bytes and lines of each part, and the tokens and images of its answers.
+
+    ``provenance_bytes`` is the length of the JSON at its end that says what the answers came of;
+    ``counts`` say why lines failed and what the quality gate found, as :mod:`shared.tally` names it.
+    """
 
     output_bytes: int
     error_bytes: int
@@ -32,6 +38,18 @@ class ShardHeader(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     images: int = 0
+    provenance_bytes: int = 0
+    counts: dict[str, int] = {}
+
+    @property
+    def header_bytes(self) -> int:
+        """The length of the header line: of as many blocks as it needs."""
+        return _HEADER_BYTES * (1 + len(msgspec.json.encode(self)) // _HEADER_BYTES)
+
+    @property
+    def shard_bytes(self) -> int:
+        """The size of the whole shard."""
+        return self.header_bytes + self.output_bytes + self.error_bytes + self.provenance_bytes
 
 
 def shard_path(batch_dir: Path, chunk: int, token: int) -> Path:
@@ -39,37 +57,49 @@ def shard_path(batch_dir: Path, chunk: int, token: int) -> Path:
     return batch_dir / "shards" / f"{chunk:08d}-{token:010d}.shard"
 
 
-def write_shard(path: Path, header: ShardHeader, output: bytes, errors: bytes) -> None:
+def write_shard(
+    path: Path, header: ShardHeader, output: bytes, errors: bytes, provenance: bytes = b""
+) -> None:
     """Write a shard, whole and durable. Raises: StorageFull, StorageFailed."""
     line = msgspec.json.encode(header)
     with atomic_file(path) as stream:
-        stream.write(line.ljust(_HEADER_BYTES - 1) + b"\n")
+        stream.write(line.ljust(header.header_bytes - 1) + b"\n")
         stream.write(output)
         stream.write(errors)
+        stream.write(provenance)
 
 
 def read_header(path: Path) -> ShardHeader:
     """The header of a shard. Raises: StorageFailed if the file is missing, damaged or cut short."""
     with storage_errors(path), open(path, "rb") as stream:
-        line = stream.read(_HEADER_BYTES)
+        line = stream.readline(_MAX_HEADER_BYTES)
         size = os.fstat(stream.fileno()).st_size
     try:
         header = msgspec.json.decode(line, type=ShardHeader)
     except msgspec.DecodeError as error:
         raise StorageFailed(f"{path} is damaged: {error}") from error
-    if size != _HEADER_BYTES + header.output_bytes + header.error_bytes:
+    if size != header.shard_bytes:
         raise StorageFailed(f"{path} is damaged: it has {size} bytes")
     return header
 
 
+def read_provenance(path: Path, header: ShardHeader) -> bytes:
+    """What the shard's answers came of, as JSON; empty if it does not say. Raises: StorageFailed."""
+    if not header.provenance_bytes:
+        return b""
+    with storage_errors(path), open(path, "rb") as stream:
+        stream.seek(header.shard_bytes - header.provenance_bytes)
+        return stream.read(header.provenance_bytes)
+
+
 def output_part(header: ShardHeader) -> tuple[int, int]:
     """Where the output lines are in the shard: offset and length in bytes."""
-    return _HEADER_BYTES, header.output_bytes
+    return header.header_bytes, header.output_bytes
 
 
 def error_part(header: ShardHeader) -> tuple[int, int]:
     """Where the error lines are in the shard: offset and length in bytes."""
-    return _HEADER_BYTES + header.output_bytes, header.error_bytes
+    return header.header_bytes + header.output_bytes, header.error_bytes
 
 
 def copy_output(path: Path, header: ShardHeader, target: BinaryIO) -> None:

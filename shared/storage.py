@@ -33,6 +33,7 @@ class Layout:
         self.models = data_dir / "models"
         self.checkpoints = data_dir / "checkpoints"
         self.finetunes = data_dir / "finetunes"
+        self.captions = data_dir / "captions"
         self.keys = data_dir / "keys.json"
 
     def file_dir(self, file_id: str) -> Path:
@@ -47,10 +48,15 @@ class Layout:
         """The folder of one fine-tune."""
         return self.finetunes / job_id
 
+    def caption_set_dir(self, set_id: str) -> Path:
+        """The folder of what is known of one image set that is synced."""
+        return self.captions / set_id
+
     def create(self) -> None:
         """Make the folders, readable by this user only (they hold people's images)."""
         with storage_errors(self.root):
-            for folder in (self.root, self.files, self.batches, self.models, self.finetunes):
+            kinds = (self.files, self.batches, self.models, self.finetunes, self.captions)
+            for folder in (self.root, *kinds):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 

@@ -19,6 +19,7 @@ from shared.queue import Tickets, make_celery
 from shared.rebuild import Rebuild, RebuildReport
 from shared.results import ResultStore
 from shared.retries import Retries
+from shared.row_reader import RowReader
 from shared.scripts import Scripts
 from shared.settings import Settings
 from shared.storage import Layout
@@ -47,6 +48,7 @@ class Stores:
             client, scripts, self.layout, self.tickets, min_free_bytes=min_free
         )
         self.results = ResultStore(self.batches, self.files)
+        self.rows = RowReader(self.batches, self.files, self.results)
         self.retries = Retries(self.batches, self.files, self.results)
         self.finetunes = FinetuneStore(
             client,

@@ -100,7 +100,10 @@ def write(
     """Write the shard of a lease, with made-up lines."""
     output = f"{text} {lease.unit}\n".encode() * completed
     errors = f"err {lease.unit}\n".encode() * failed
-    header = ShardHeader(len(output), len(errors), completed, failed, 2 * completed, completed)
+    counts = {"failed:made_up": failed} if failed else {}
+    header = ShardHeader(
+        len(output), len(errors), completed, failed, 2 * completed, completed, counts=counts
+    )
     folder = stores.batches.folder(lease.batch_id)
     write_shard(shard_path(folder, int(lease.unit), lease.token), header, output, errors)
     return header

@@ -21,14 +21,20 @@ from shared.errors import (
 )
 from shared.leases import CONTROL_LANE, Lease, model_of
 from shared.log import get_logger
+from shared.manifest import Manifest
 from shared.models import ModelRecord
 from shared.settings import Settings
 from shared.stores import Stores
 from workers.inference.batch import ChunkResult, ChunkRun, EnginesAway
+from workers.inference.chunk_input import ChunkInput, FileInput, ImageSetInput, input_path
 from workers.inference.control import run_control_unit
+from workers.inference.engines.base import Tiling
 from workers.inference.engines.flight import Flight
 from workers.inference.engines.standby import Standby
-from workers.inference.uploads import OwnedImages
+from workers.inference.entry_images import EntryImages
+from workers.inference.listing import ListingPaused
+from workers.inference.recalling import Recall
+from workers.inference.uploads import OwnedImages, upload_opener
 from workers.keeper import Keeper, until_answered
 
 log = get_logger(__name__)
@@ -122,6 +128,10 @@ class BatchWorker:
             bound.warning("lease_lost")
         except (BatchCancelled, BatchExpired, Draining, EnginesAway):
             self._release(lease, 0, "")
+        except ListingPaused:
+            self._release(
+                lease, self._settings.queue.slice_s, ""
+            )  # not to be claimed at once again
         except StorageFull as error:
             bound.error("storage_full", error=str(error))
             self._back_off(lease, error.code)
@@ -136,23 +146,53 @@ class BatchWorker:
         if lease.unit.isdigit():
             self._run_chunk(lease)
         else:
-            run_control_unit(lease, self._stores, self._keeper)
+            run_control_unit(lease, self._stores, self._keeper, self._is_draining)
 
     def _run_chunk(self, lease: Lease) -> None:
         flight = self._flight(lease.model)
+        batch_dir = self._stores.batches.folder(lease.batch_id)
+        manifest = Manifest(batch_dir)
         run = ChunkRun(
             lease,
-            batch_dir=self._stores.batches.folder(lease.batch_id),
-            source=self._stores.layout.file_dir(lease.spec.input_file_id) / "content",
+            batch_dir=batch_dir,
+            manifest=manifest,
+            chunk_input=self._input(lease, manifest, lambda: flight.tiling),
             model=self._model(lease.model),
-            knows_model=lambda name: self._stores.models.knows(name, lease.spec.owner),
             settings=self._settings,
             flight=flight,
-            read_image=self._images.reader(lease.spec.owner, lambda: flight.tiling),
             keep_going=self._check,
+            recall=self._recall(lease, manifest),
         )
         if self._commit(lease, run.run()):
             self._stores.tickets.control()
+
+    def _recall(self, lease: Lease, manifest: Manifest) -> Recall | None:
+        if manifest.plan.sync is None:
+            return None
+        stores = self._stores
+        return Recall(lease.spec, manifest, stores.layout, stores.batches, self._check)
+
+    def _input(
+        self, lease: Lease, manifest: Manifest, tiling: Callable[[], Tiling | None]
+    ) -> ChunkInput:
+        spec = lease.spec
+        if spec.source is not None:
+            images = EntryImages(
+                self._settings.images,
+                upload_opener(self._stores, spec.owner),
+                self._images.load_url,
+            )
+            return ImageSetInput(spec.source, manifest, images, self._images.preparer(tiling))
+        source = input_path(spec, self._stores.layout)
+        assert source is not None, "a batch has an input file or an image set"
+        return FileInput(
+            source,
+            endpoint=spec.endpoint,
+            model=lease.model,
+            knows_model=lambda name: self._stores.models.knows(name, spec.owner),
+            max_line_bytes=self._settings.queue.max_line_bytes,
+            read_image=self._images.reader(spec.owner, tiling),
+        )
 
     def _model(self, name: str) -> ModelRecord | None:
         try:

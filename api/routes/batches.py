@@ -10,11 +10,15 @@ from api import current
 from api.bodies import json_body, parsed_query, require_no_body, require_no_query
 from api.errors import json_response
 from api.idempotency import fingerprint, once
-from api.schemas.batches import BatchListQuery, BatchObject, CreateBatch, ResultsQuery
+from api.schemas.batches import BatchListQuery, BatchObject, CreateBatch, ResultsQuery, RowsQuery
 from api.schemas.common import list_object
 from shared.errors import InvalidValue, NotFound
 from shared.files import FileRecord
 from shared.idempotency import IN_PROGRESS_S
+from shared.provenance import provenance
+from shared.results import ResultPage
+from shared.review import ReviewPage
+from shared.row_reader import RowPage
 
 blueprint = Blueprint("batches", __name__)
 _ROUTE = "batches"
@@ -67,14 +71,39 @@ def results(batch_id: str) -> Response:
     page = current.stores().results.page(
         current.owner(), batch_id, after=query.after, limit=query.limit
     )
-    blocks = page.blocks()
-    # What fails at once still gets its own status.
-    first = next(blocks, b"")
-    response = Response(chain([first], blocks) if first else b"", mimetype="application/x-ndjson")
-    response.headers["vlmq-next-after"] = str(page.next_after)
-    response.headers["vlmq-complete"] = "true" if page.complete else "false"
-    response.headers["cache-control"] = "no-store"
-    return response
+    return _streamed(page)
+
+
+@blueprint.get("/v1/batches/<batch_id>/rows")
+def rows(batch_id: str) -> Response:
+    """The same lines flat, one object without nesting each, with what was asked."""
+    query = parsed_query(RowsQuery)
+    page = current.stores().rows.page(
+        current.owner(),
+        batch_id,
+        after=query.after,
+        limit=query.limit,
+        with_messages=query.messages,
+    )
+    return _streamed(page)
+
+
+@blueprint.get("/v1/batches/<batch_id>/review")
+def review(batch_id: str) -> Response:
+    """Of as many results as ``limit`` says, those that the quality gate wants reviewed."""
+    query = parsed_query(ResultsQuery)
+    page = current.stores().results.page(
+        current.owner(), batch_id, after=query.after, limit=query.limit
+    )
+    return _streamed(ReviewPage(page))
+
+
+@blueprint.get("/v1/batches/<batch_id>/provenance")
+def provenance_of(batch_id: str) -> Response:
+    """What the lines of a caption job came of."""
+    require_no_query()
+    found = provenance(current.stores().batches, current.owner(), batch_id)
+    return json_response({"object": "list", "data": found})
 
 
 @blueprint.post("/v1/batches/<batch_id>/retry")
@@ -89,6 +118,17 @@ def retry(batch_id: str) -> Response:
         lambda: BatchObject.of(retries.create(owner, batch_id)).model_dump_json().encode(),
         limit_s=IN_PROGRESS_S + retries.source_bytes(owner, batch_id) / _SLOWEST_COPY_BYTES_PER_S,
     )
+
+
+def _streamed(page: ResultPage | RowPage | ReviewPage) -> Response:
+    blocks = page.blocks()
+    # What fails at once still gets its own status.
+    first = next(blocks, b"")
+    response = Response(chain([first], blocks) if first else b"", mimetype="application/x-ndjson")
+    response.headers["vlmq-next-after"] = str(page.next_after)
+    response.headers["vlmq-complete"] = "true" if page.complete else "false"
+    response.headers["cache-control"] = "no-store"
+    return response
 
 
 def _created(asked: CreateBatch) -> bytes:

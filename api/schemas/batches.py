@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Annotated, Any, Literal
 
+import msgspec
 from pydantic import BaseModel, Field, StringConstraints
 
 from api.schemas.common import Body, Expiry, Fields
 from shared.jobs import Batch
+from shared.pace import items_per_second, seconds_left
+from shared.tally import CAPTIONS, FAILED, RESAMPLED, REVIEW, of_kind
 
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
@@ -42,6 +47,12 @@ class ResultsQuery(Fields):
     limit: Annotated[int, Field(ge=1, le=100_000)] = 1000
 
 
+class RowsQuery(ResultsQuery):
+    """The query of ``GET /v1/batches/{id}/rows``; ``messages`` asks for all that was asked."""
+
+    messages: bool = False
+
+
 class RequestCounts(BaseModel):
     """Lines of the input: all of them, those answered, those failed."""
 
@@ -72,15 +83,79 @@ class BatchUsage(BaseModel):
     total_tokens: int
 
 
+class ListingState(BaseModel):
+    """How far the image set is listed: all of it, and images (and unusable entries) so far."""
+
+    complete: bool
+    images: int
+
+
+class BatchProgress(BaseModel):
+    """How fast lines are done, and how long what is known will take; null before that can be said."""
+
+    items_per_second: float | None
+    seconds_left: int | None
+
+
+class GateCounts(BaseModel):
+    """Captions that the quality gate found something in, in all and by reason."""
+
+    captions: int
+    reasons: dict[str, int]
+
+
+class QualityState(BaseModel):
+    """Captions to be reviewed, and those of which answers were thrown away and asked for again."""
+
+    review: GateCounts
+    resampled: GateCounts
+
+
+class Preflight(BaseModel):
+    """What the whole set would come to, by its sample.
+
+    ``images`` were looked at, all of the set if ``complete``; ``seconds`` and ``output_bytes`` are
+    for these. ``bad_share`` is the part of the sample that failed. Null before a chunk is done.
+    """
+
+    images: int
+    complete: bool
+    sampled: int
+    images_per_second: float | None
+    seconds: int | None
+    output_bytes: int | None
+    bad_share: float | None
+
+
+class SyncState(BaseModel):
+    """How many images of a sync, so far, are not asked about again.
+
+    Those with captions from before, those that are the same as an earlier one, and those left out.
+    """
+
+    known: int
+    duplicates: int
+    passed: int
+
+
 class BatchExtras(BaseModel):
     """What OpenAI's object has no room for.
 
     ``warning`` is the code of a passing trouble, ``retry_of`` the batch whose failed lines these
-    are.
+    are; ``failures`` counts failed lines by code. Only a caption job has ``captions``, what it was asked,
+    and ``listing``; only one with a gate has ``quality``, only one with a sample ``preflight``, only
+    one that syncs its set ``sync``.
     """
 
     warning: str | None
     retry_of: str | None
+    captions: dict[str, Any] | None
+    listing: ListingState | None
+    progress: BatchProgress
+    failures: dict[str, int]
+    quality: QualityState | None
+    preflight: Preflight | None
+    sync: SyncState | None
 
 
 class BatchObject(BaseModel):
@@ -91,7 +166,7 @@ class BatchObject(BaseModel):
     endpoint: str
     model: str | None
     errors: dict[str, Any] | None
-    input_file_id: str
+    input_file_id: str | None
     completion_window: str
     status: str
     output_file_id: str | None
@@ -141,7 +216,17 @@ class BatchObject(BaseModel):
                 total_tokens=batch.prompt_tokens + batch.completion_tokens,
             ),
             metadata=batch.metadata,
-            vlmq=BatchExtras(warning=batch.warning, retry_of=batch.retry_of),
+            vlmq=BatchExtras(
+                warning=batch.warning,
+                retry_of=batch.retry_of,
+                captions=None if batch.source is None else msgspec.to_builtins(batch.source),
+                listing=_listing(batch),
+                progress=_progress(batch),
+                failures=of_kind(batch.counts, FAILED),
+                quality=_quality(batch),
+                preflight=_preflight(batch),
+                sync=_sync(batch),
+            ),
         )
 
 
@@ -150,6 +235,56 @@ def _status(batch: Batch) -> str:
     if batch.stop_reason == "cancelled" and not batch.is_terminal:
         return "cancelling"
     return batch.state.value
+
+
+def _listing(batch: Batch) -> ListingState | None:
+    if batch.source is None:
+        return None
+    # A sync may find that there is nothing to do; it is listed once it is no longer validated.
+    begun = batch.chunks > 0 or batch.passed > 0
+    complete = begun and not batch.listing
+    return ListingState(complete=complete, images=batch.total)
+
+
+def _progress(batch: Batch) -> BatchProgress:
+    now_s = time.time()
+    rate = items_per_second(batch, now_s)
+    return BatchProgress(
+        items_per_second=None if rate is None else round(rate, 3),
+        seconds_left=seconds_left(batch, now_s),
+    )
+
+
+def _quality(batch: Batch) -> QualityState | None:
+    if batch.source is None or batch.source.quality is None:
+        return None
+    captions = of_kind(batch.counts, CAPTIONS)
+    review, resampled = (
+        GateCounts(captions=captions.get(kind, 0), reasons=of_kind(batch.counts, kind))
+        for kind in (REVIEW, RESAMPLED)
+    )
+    return QualityState(review=review, resampled=resampled)
+
+
+def _preflight(batch: Batch) -> Preflight | None:
+    if batch.seen is None:
+        return None
+    rate, done = items_per_second(batch, time.time()), batch.completed + batch.failed
+    return Preflight(
+        images=batch.seen,
+        complete=batch.seen_all,
+        sampled=batch.total,
+        images_per_second=None if rate is None else round(rate, 3),
+        seconds=math.ceil(batch.seen / rate) if rate else None,
+        output_bytes=round(batch.output_bytes / done * batch.seen) if done else None,
+        bad_share=round(batch.failed / done, 4) if done else None,
+    )
+
+
+def _sync(batch: Batch) -> SyncState | None:
+    if batch.source is None or batch.source.sync is None:
+        return None
+    return SyncState(known=batch.known, duplicates=batch.duplicates, passed=batch.passed)
 
 
 def _problems(batch: Batch) -> dict[str, Any] | None:

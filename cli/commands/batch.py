@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
@@ -16,10 +17,11 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
 )
 
+from cli import batch_words as words
 from cli.client import Client, Json
+from cli.commands.export import export
 from cli.following import follow_results, patiently
 from cli.options import connect, json_option, pairs, server_options
 from cli.output import err, note, print_json, print_table, when
@@ -34,6 +36,9 @@ PLAIN_LINE_S = 10.0
 @click.group()
 def batch() -> None:
     """Run many requests from a JSONL file."""
+
+
+batch.add_command(export)
 
 
 @batch.command()
@@ -57,7 +62,7 @@ def submit(
         uploaded = upload(client, file, "batch")
         created = client.create_batch(uploaded["id"], labels)
         note(f"batch {created['id']} started")
-        _stay_or_name(client, created, follow=follow, as_json=as_json)
+        stay_or_name(client, created, follow=follow, as_json=as_json)
 
 
 @batch.command()
@@ -67,7 +72,7 @@ def submit(
 def watch(batch_id: str, *, as_json: bool, url: str, api_key: str | None) -> None:
     """Show the progress of a batch until it ends. Ctrl-C leaves the batch running."""
     with connect(url, api_key) as client:
-        _finish(_watch(client, batch_id), as_json=as_json)
+        _finish(client, follow_to_end(client, batch_id), as_json=as_json)
 
 
 @batch.command()
@@ -132,7 +137,42 @@ def retry(batch_id: str, *, follow: bool, as_json: bool, url: str, api_key: str 
     with connect(url, api_key) as client:
         created = client.retry_batch(batch_id)
         note(f"batch {created['id']} started; it retries {batch_id}")
-        _stay_or_name(client, created, follow=follow, as_json=as_json)
+        stay_or_name(client, created, follow=follow, as_json=as_json)
+
+
+@batch.command()
+@click.argument("batch_id", metavar="ID")
+@json_option
+@server_options
+def review(batch_id: str, *, as_json: bool, url: str, api_key: str | None) -> None:
+    """Show the captions that did not pass a job's quality gate, with the reasons.
+
+    With --json the lines of the output, one JSON object per line.
+    """
+    with connect(url, api_key) as client:
+        found = 0
+        for line in _reviewed(client, batch_id):
+            found += 1
+            if as_json:
+                click.echo(line.rstrip(b"\n"))
+                continue
+            row = json.loads(line)
+            reasons = ", ".join(row["vlmq"]["quality"]["reasons"])
+            text = row["response"]["body"]["choices"][0]["message"]["content"]
+            click.echo(f"{row['custom_id']}: {reasons}: {words.short(text)}")
+        if not found:
+            note("there is no caption to review")
+
+
+def _reviewed(client: Client, batch_id: str) -> Iterator[bytes]:
+    """The lines to be reviewed among those that are done."""
+    after = 0
+    while True:
+        with client.review_lines(batch_id, after) as lines:
+            yield from lines
+            if lines.complete or lines.next_after == after:
+                return
+            after = lines.next_after
 
 
 @batch.command("list")
@@ -171,16 +211,26 @@ def cancel(batch_id: str, *, as_json: bool, url: str, api_key: str | None) -> No
 
 
 def counts(found: Json) -> str:
-    """How far a batch is, e.g. ``1200/2000`` or ``1200/2000 (3 failed)``."""
+    """How far a batch is, e.g. ``1200/2000`` or ``1200/2000 (3 failed)``.
+
+    ``1200/2000+`` while more images are being listed.
+    """
     numbers = found["request_counts"]
-    done = f"{numbers['completed']}/{numbers['total']}"
+    more = "+" if is_listing(found) else ""
+    done = f"{numbers['completed']}/{numbers['total']}{more}"
     return f"{done} ({numbers['failed']} failed)" if numbers["failed"] else done
+
+
+def is_listing(found: Json) -> bool:
+    """Whether more images of a caption job are to come."""
+    listing = (found.get("vlmq") or {}).get("listing")
+    return listing is not None and not listing["complete"] and found["status"] not in TERMINAL
 
 
 # --- watching ---
 
 
-def _watch(client: Client, batch_id: str) -> Json:
+def follow_to_end(client: Client, batch_id: str) -> Json:
     """Poll until the batch has ended, through restarts of the server; returns it as it ended."""
     try:
         with _display() as show:
@@ -208,26 +258,10 @@ def _display() -> Iterator[Callable[[Json], None]]:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[failed]}"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[pace]}"),
     )
     with Progress(*columns, console=err) as bar:
         yield BarProgress(bar).show
-
-
-class Rate:
-    """Items per second since the watching began."""
-
-    def __init__(self) -> None:
-        self._first: tuple[float, int] | None = None
-
-    def per_second(self, done: int) -> float:
-        """The mean rate; 0 until two different moments were seen."""
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (now, done)
-        elapsed_s = now - self._first[0]
-        return (done - self._first[1]) / elapsed_s if elapsed_s > 0 else 0.0
 
 
 class BarProgress:
@@ -235,21 +269,19 @@ class BarProgress:
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
-        self._rate = Rate()
-        self._task: TaskID = bar.add_task("waiting", total=None, failed="", rate="")
+        self._task: TaskID = bar.add_task("waiting", total=None, failed="", pace="")
 
     def show(self, found: Json) -> None:
         """Bring the bar up to date."""
         numbers = found["request_counts"]
         done = numbers["completed"] + numbers["failed"]
-        rate = self._rate.per_second(done)
         self._bar.update(
             self._task,
-            description=found["status"],
-            total=numbers["total"] or None,
+            description=found["status"] + (", listing" if is_listing(found) else ""),
+            total=None if is_listing(found) else numbers["total"] or None,
             completed=done,
             failed=f"{numbers['failed']} failed" if numbers["failed"] else "",
-            rate=f"{rate:,.1f} items/s" if rate else "",
+            pace=words.pace(found),
         )
 
 
@@ -257,7 +289,6 @@ class PlainProgress:
     """Lines for a log: at every change of state, and every PLAIN_LINE_S."""
 
     def __init__(self) -> None:
-        self._rate = Rate()
         self._status = ""
         self._next_at = 0.0
 
@@ -268,25 +299,28 @@ class PlainProgress:
             return
         self._status = found["status"]
         self._next_at = now + PLAIN_LINE_S
-        numbers = found["request_counts"]
-        rate = self._rate.per_second(numbers["completed"] + numbers["failed"])
-        note(f"{found['status']} {counts(found)}" + (f", {rate:,.1f} items/s" if rate else ""))
+        note(", ".join(filter(None, (f"{found['status']} {counts(found)}", words.pace(found)))))
 
 
-def _stay_or_name(client: Client, created: Json, *, follow: bool, as_json: bool) -> None:
+def stay_or_name(client: Client, created: Json, *, follow: bool, as_json: bool) -> None:
     """Stay with a batch that was just made, or say which it is."""
     if follow:
-        _finish(_watch(client, created["id"]), as_json=as_json)
+        _finish(client, follow_to_end(client, created["id"]), as_json=as_json)
     elif as_json:
         print_json(created)
     else:
         click.echo(created["id"])
 
 
-def _finish(found: Json, *, as_json: bool) -> None:
+def _finish(client: Client, found: Json, *, as_json: bool) -> None:
     if as_json:
         print_json(found)
     _explain_problems(found)
+    for line in words.findings(found):
+        note(f"  {line}")
+    if words.is_caption_job(found):
+        for line in words.made_by(client.provenance(found["id"])):
+            note(f"  {line}")
     if found["status"] != "completed":
         raise click.ClickException(
             f"the batch is {found['status']}; answered: {counts(found)}. What there is: "

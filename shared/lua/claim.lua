@@ -20,6 +20,7 @@ end
 local function grant(id, unit)
   local token = grant_lease(id, unit, worker, now + ttl)
   redis.call('HSET', key(id), 'touched', now)
+  if tonumber(unit) then begin_pace(id) end
   recount(id)
   local attempts = redis.call('HGET', key(id, 'attempts'), unit)
   return { id, unit, token, tonumber(attempts or 0), field(id, 'spec'), field(id, 'model') or '' }

@@ -1,6 +1,6 @@
 -- A chunk's shard is on disk under its token.
 -- ARGV: id, chunk, token, completed, failed, prompt tokens, completion tokens, images,
--- problem JSON...
+-- counts by reason (JSON), bytes of output, problem JSON...
 -- -> nil if the lease was lost; 1 if this ended the work on chunks; else 0.
 local id, chunk, token = ARGV[1], ARGV[2], ARGV[3]
 if not holds(id, chunk, token) then
@@ -18,8 +18,13 @@ redis.call('HINCRBY', key(id), 'completed', ARGV[4])
 redis.call('HINCRBY', key(id), 'failed', ARGV[5])
 redis.call('HINCRBY', key(id), 'prompt_tokens', ARGV[6])
 redis.call('HINCRBY', key(id), 'completion_tokens', ARGV[7])
+redis.call('HINCRBY', key(id), 'output_bytes', ARGV[10])
+for name, by in pairs(cjson.decode(ARGV[9])) do
+  redis.call('HINCRBY', key(id), 'count:' .. name, by)
+end
+mark_pace(id)
 redis.call('HDEL', key(id), 'warning')
-for i = 9, #ARGV do
+for i = 11, #ARGV do
   if redis.call('LLEN', key(id, 'problems')) >= MAX_PROBLEMS then break end
   redis.call('RPUSH', key(id, 'problems'), ARGV[i])
 end

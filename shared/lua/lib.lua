@@ -77,6 +77,27 @@ local function enter_lane(id, lane)
   redis.call('SADD', P .. 'lanes', lane)
 end
 
+-- A set of images is synced by one batch at a time. Answers which other one has it, if one does.
+local function take_set(id, set)
+  if set == '' then return nil end
+  local name = P .. 'syncing:' .. set
+  local other = redis.call('GET', name)
+  if other and other ~= id then
+    local state = field(other, 'state')
+    if state and not is_terminal(state) then return other end
+  end
+  redis.call('SET', name, id)
+  redis.call('HSET', key(id), 'syncs', set)
+  return nil
+end
+
+local function leave_set(id)
+  local set = field(id, 'syncs')
+  if set and redis.call('GET', P .. 'syncing:' .. set) == id then
+    redis.call('DEL', P .. 'syncing:' .. set)
+  end
+end
+
 -- The only place that changes a state. Answers whether it did.
 local function transition(id, to)
   local from = field(id, 'state')
@@ -86,7 +107,10 @@ local function transition(id, to)
   redis.call('RPUSH', key(id, 'events'), cjson.encode({ at = at, from = from, to = to }))
   redis.call('SREM', P .. 'state:' .. from, id)
   enter_state(id, to)
-  if is_terminal(to) then count(1, 'vlmq_batches_ended_total', to) end
+  if is_terminal(to) then
+    leave_set(id)
+    count(1, 'vlmq_batches_ended_total', to)
+  end
   return true
 end
 
@@ -94,13 +118,14 @@ local function offer(id, unit, not_before_ms)
   redis.call('ZADD', key(id, 'retry'), not_before_ms, unit)
 end
 
--- Finalize when no chunk is left to do, or when a stop was asked for and nobody holds a chunk.
+-- Finalize when no chunk is left to do and none will come, or when a stop was asked for and nobody
+-- holds a unit.
 local function settle(id)
   local state = field(id, 'state')
   if state ~= 'in_progress' and state ~= 'validating' then return false end
   if redis.call('HLEN', key(id, 'leases')) > 0 then return false end
   local stopped = field(id, 'stop_reason')
-  local done = state == 'in_progress'
+  local done = state == 'in_progress' and not field(id, 'listing')
     and tonumber(field(id, 'committed') or 0) >= tonumber(field(id, 'chunks') or 0)
   if not stopped and not done then return false end
   transition(id, 'finalizing')
@@ -108,6 +133,11 @@ local function settle(id)
   enter_lane(id, CONTROL)
   offer(id, 'final', 0)
   return true
+end
+
+-- Uploads are kept while a batch that reads them is named as their user.
+local function let_go(id, files)
+  for _, file in ipairs(files) do redis.call('SREM', P .. 'users:' .. file, id) end
 end
 
 local function holder(id, unit)
@@ -133,6 +163,26 @@ local function drop_lease(id, unit)
   redis.call('HDEL', key(id, 'leases'), unit)
   redis.call('ZREM', of_kind(id, 'leases', 'finetune_leases'), member)
   if worker then redis.call('SREM', of_kind(id, 'held:', 'finetune_held:') .. worker, member) end
+end
+
+-- How fast a batch is done is told from two marks, moments with what was done by then: the newer one
+-- becomes the older one after half a minute, if enough was committed in it to tell anything.
+local function begin_pace(id)
+  local now = now_ms()
+  if redis.call('HSETNX', key(id), 'started_ms', now) == 0 then return end
+  local done = (field(id, 'completed') or 0) + (field(id, 'failed') or 0)
+  redis.call('HSET', key(id), 'started_done', done, 'from_ms', now, 'from_done', done, 'mark_ms', now, 'mark_done', done,
+    'mark_commits', field(id, 'committed') or 0)
+end
+
+local function mark_pace(id)
+  local now, mark = now_ms(), field(id, 'mark_ms')
+  redis.call('HSET', key(id), 'committed_ms', now)
+  if not mark or now - mark < 30000 then return end
+  local commits = field(id, 'committed')
+  if commits - field(id, 'mark_commits') < 8 then return end
+  redis.call('HSET', key(id), 'from_ms', mark, 'from_done', field(id, 'mark_done'), 'mark_ms', now,
+    'mark_done', field(id, 'completed') + field(id, 'failed'), 'mark_commits', commits)
 end
 
 local function holds(id, unit, token)

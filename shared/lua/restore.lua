@@ -1,7 +1,7 @@
 -- Put a batch that Redis lost back from what shared storage holds. Does nothing if it is there.
--- ARGV: id, input file id, created_at ms, expires_at s, terminal (1/0), commits (binary),
+-- ARGV: id, JSON list of file ids it reads, created_at ms, expires_at s, terminal (1/0), commits (binary),
 -- problems (JSON list), missing chunks (JSON list), then field, value... of the record -> 1 or 0.
-local id, input, created_ms, expires_at, terminal, commits = unpack(ARGV)
+local id, files, created_ms, expires_at, terminal, commits = unpack(ARGV)
 if redis.call('EXISTS', key(id)) == 1 then return 0 end
 redis.call('HSET', key(id), 'created_ms', created_ms)
 for i = 9, #ARGV, 2 do redis.call('HSET', key(id), ARGV[i], ARGV[i + 1]) end
@@ -14,10 +14,12 @@ if terminal == '1' then
   redis.call('ZADD', P .. 'ended', ended_at, id)
   return 1
 end
+take_set(id, field(id, 'syncs') or '')
 redis.call('SET', key(id, 'commits'), commits)
 for _, chunk in ipairs(cjson.decode(ARGV[8])) do offer(id, tostring(chunk), 0) end
 redis.call('ZADD', P .. 'deadlines', expires_at, id)
-redis.call('SADD', P .. 'users:' .. input, id)
+for _, file in ipairs(cjson.decode(files)) do redis.call('SADD', P .. 'users:' .. file, id) end
+if field(id, 'listing') then offer(id, 'plan', 0) end
 enter_lane(id, 'model/' .. field(id, 'model'))
 enter_state(id, field(id, 'state'))
 settle(id)

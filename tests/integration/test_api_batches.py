@@ -66,7 +66,17 @@ def test_a_created_batch_says_everything_it_will_ever_say(sdk: openai.OpenAI, fi
     )
     body = raw.http_response.json()
     assert set(body) == KEYS
-    assert body["vlmq"] == {"warning": None, "retry_of": None}
+    assert body["vlmq"] == {
+        "warning": None,
+        "retry_of": None,
+        "captions": None,
+        "listing": None,
+        "progress": {"items_per_second": None, "seconds_left": None},
+        "failures": {},
+        "quality": None,
+        "preflight": None,
+        "sync": None,
+    }
     made = raw.parse()
     assert (made.object, made.status, made.endpoint) == (
         "batch",

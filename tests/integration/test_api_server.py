@@ -70,6 +70,8 @@ def test_an_owner_sees_nothing_of_another(keyed: ApiServer) -> None:
         lambda: bob.files.delete(file_id),
         lambda: bob.batches.retrieve(batch_id),
         lambda: bob.batches.cancel(batch_id),
+        lambda: bob.get(f"/batches/{batch_id}/results", cast_to=object),
+        lambda: bob.get(f"/batches/{batch_id}/rows", cast_to=object),
     ):
         with pytest.raises(openai.NotFoundError):
             probe()

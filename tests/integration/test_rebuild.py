@@ -54,7 +54,14 @@ def finish(stores: Stores) -> None:
 
 def but_for_times(batch: Batch) -> Batch:
     """The batch without the moments that only Redis knew."""
-    return msgspec.structs.replace(batch, in_progress_at=None, finalizing_at=None)
+    return msgspec.structs.replace(
+        batch,
+        in_progress_at=None,
+        finalizing_at=None,
+        started_ms=None,
+        committed_ms=None,
+        from_ms=None,
+    )
 
 
 def test_files_come_back_as_they_were(stores: Stores) -> None:
@@ -92,6 +99,8 @@ def test_what_has_ended_stays_ended(stores: Stores, how: str) -> None:
             finish(stores)
     before = now(stores, batch)
     assert before.state == how
+    never_ran = {"failed:batch_cancelled": 2} if how == "cancelled" else {}
+    assert before.counts == ({} if how == "failed" else {"failed:made_up": 1, **never_ran})
     lose_redis(stores)
     assert stores.rebuild().batches == 1
     assert now(stores, batch) == before

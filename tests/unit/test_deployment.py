@@ -313,8 +313,8 @@ def test_only_the_images_for_engines_have_torch() -> None:
     }
     assert extras == {
         "api": {"api"},
-        "cpu": {"api", "cpu"},
-        "inference": {"api", "inference"},
+        "cpu": {"api", "cpu", "parquet"},
+        "inference": {"api", "inference", "parquet"},
         "training": {"cpu", "training"},
     }
 

@@ -152,3 +152,24 @@ def test_complete_each_turns_every_exception_into_its_prompts_answer() -> None:
     assert answers[1].code == "engine_error"
     assert "RuntimeError" in answers[1].message
     assert answers[2].text == "fine too"
+
+
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [("blank", ""), ("loop", "and so on and so on"), ("refuse", "I'm sorry"), ("chinese", "图")],
+)
+def test_it_answers_badly_on_request(name: str, starts: str) -> None:
+    """Always, or only below a temperature; in a stream as in one piece."""
+    made = engine(faults=True)
+    always = ask(f"[[echo:{name}]] a red circle")
+    assert answer(made, always) == whole(made, always)
+    assert answer(made, always).text.startswith(starts)
+    assert "red circle" not in answer(made, always).text
+    sometimes = f"[[echo:{name}=0.5]] a red circle"
+    assert answer(made, ask(sometimes, temperature=0.4)).text == answer(made, always).text
+    assert answer(made, ask(sometimes, temperature=0.5)).text == sometimes
+
+
+def test_it_answers_well_where_faults_are_off() -> None:
+    """The request for one is then a text like any other."""
+    assert answer(engine(), ask("[[echo:blank]]")).text == "[[echo:blank]]"

@@ -91,3 +91,32 @@ def test_only_whole_shards_are_found(shard: Path, tmp_path: Path) -> None:
     (shard.parent / "notes.txt").touch()
     assert list(find_shards(tmp_path)) == [(7, 3, shard)]
     assert list(find_shards(tmp_path / "elsewhere")) == []
+
+
+def test_a_header_grows_with_what_it_counts(tmp_path: Path) -> None:
+    """In blocks, and both parts are found behind it, whatever its length."""
+    (tmp_path / "shards").mkdir()
+    for chunk, kinds in enumerate(range(0, 60, 3)):
+        counts = {f"failed:reason_{number}": number for number in range(kinds)}
+        header = ShardHeader(len(OUTPUT), len(ERRORS), 2, 1, 10, 20, counts=counts)
+        path = shard_path(tmp_path, chunk, 1)
+        write_shard(path, header, OUTPUT, ERRORS)
+        assert read_header(path) == header
+        assert header.header_bytes % 256 == 0
+        target = tmp_path / "out"
+        with open(target, "wb", buffering=0) as stream:
+            copy_output(path, header, stream)
+            copy_errors(path, header, stream)
+        assert target.read_bytes() == OUTPUT + ERRORS
+
+
+def test_a_shard_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """Its header has no counts, and says that there are no images."""
+    (tmp_path / "shards").mkdir()
+    path = shard_path(tmp_path, 0, 1)
+    line = (
+        b'{"output_bytes":%d,"error_bytes":0,"completed":2,"failed":0,"prompt_tokens":1,'
+        b'"completion_tokens":1,"images":0}' % len(OUTPUT)
+    )
+    path.write_bytes(line.ljust(255) + b"\n" + OUTPUT)
+    assert read_header(path) == ShardHeader(len(OUTPUT), 0, 2, 0, 1, 1)

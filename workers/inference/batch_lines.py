@@ -27,6 +27,7 @@ from shared.errors import (
 )
 from shared.jobs import BatchProblem
 from shared.manifest import Chunk
+from shared.quality import Verdict
 from shared.statuses import error_body, status_of
 from shared.storage import storage_errors
 
@@ -57,11 +58,24 @@ class _Problem(msgspec.Struct, frozen=True):
     message: str
 
 
-class _ResultLine(msgspec.Struct, frozen=True):
+class LineExtras(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What OpenAI's line has no room for: the gate's verdict, and where else an answer came from.
+
+    ``captioned_in`` is the batch that paid for it, ``same_as`` the line that has the same image.
+    :mod:`shared.review` knows lines by a verdict that comes first.
+    """
+
+    quality: Verdict | None = None
+    captioned_in: str | None = None
+    same_as: str | None = None
+
+
+class _ResultLine(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str
     custom_id: str | None
     response: _Response | None
     error: _Problem | None
+    vlmq: LineExtras | None = None
 
 
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -69,6 +83,7 @@ UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 BOM = b"\xef\xbb\xbf"
 """Some editors begin a UTF-8 file with it; it belongs to no line."""
+
 
 _strict = msgspec.json.Decoder(BatchLine)
 _loose = msgspec.json.Decoder(_LooseLine)
@@ -163,10 +178,13 @@ def item_id(batch_id: str, line_number: int) -> str:
     return f"{batch_id.removeprefix('batch_')}_{line_number}"
 
 
-def output_line(item: str, custom_id: str, body: ChatCompletion) -> bytes:
+def output_line(
+    item: str, custom_id: str, body: ChatCompletion, extras: LineExtras | None = None
+) -> bytes:
     """The line for a request that was answered."""
     response = _Response(200, f"req_{item}", body)
-    return _encoder.encode(_ResultLine(f"batch_req_{item}", custom_id, response, None)) + b"\n"
+    line = _ResultLine(f"batch_req_{item}", custom_id, response, None, extras)
+    return _encoder.encode(line) + b"\n"
 
 
 def error_line(

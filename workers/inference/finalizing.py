@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,13 +19,23 @@ from shared.clock import unix_now
 from shared.errors import BatchCancelled, BatchExpired, StorageFailed, VlmqError
 from shared.files import OUTPUT_PURPOSE, FileRecord, FileStore
 from shared.ids import derived_id
-from shared.jobs import BatchSpec, BatchState, StopReason
+from shared.jobs import Batch, BatchSpec, BatchState, StopReason
 from shared.leases import Lease
 from shared.manifest import Chunk, Manifest
+from shared.models import ModelRegistry
 from shared.results import IndexWriter
-from shared.shards import copy_errors, copy_output, read_header, shard_path
-from shared.storage import Layout, atomic_file, remove_tree, storage_errors, write_all
-from workers.inference.batch_lines import error_line, item_id, read_chunk, split_lines
+from shared.shards import (
+    ShardHeader,
+    copy_errors,
+    copy_output,
+    read_header,
+    read_provenance,
+    shard_path,
+)
+from shared.storage import Layout, atomic_file, remove_tree, storage_errors, write_all, write_json
+from workers.inference.batch_lines import error_line, item_id
+from workers.inference.chunk_input import input_path, lines_of
+from workers.inference.remembering import remember
 from workers.keeper import until_answered
 
 _TICK_EVERY = 16
@@ -39,6 +50,7 @@ def finalize(
     lease: Lease,
     batches: BatchStore,
     files: FileStore,
+    models: ModelRegistry,
     layout: Layout,
     keep_going: Callable[[], None],
 ) -> None:
@@ -49,11 +61,13 @@ def finalize(
     """
     spec = lease.spec
     batch = batches.get(spec.owner, spec.id)
-    join = _Join(lease, batch.stop_reason, batches, layout, keep_going)
+    join = _Join(lease, batch, batches, layout, keep_going)
     totals = _Totals()
     output = _write(spec, "output", layout, files, lambda target: join.output(target, totals))
     errors = _write(spec, "errors", layout, files, lambda target: join.errors(target, totals))
     join.index.write(batches.folder(spec.id))
+    remember(lease, batches, models, layout, keep_going)
+    join.write_provenance()
     state = _terminal(batch.stop_reason, totals, batch.total)
     until_answered(
         lambda: batches.finished(
@@ -87,18 +101,23 @@ class _Join:
     def __init__(
         self,
         lease: Lease,
-        stopped: StopReason | None,
+        batch: Batch,
         batches: BatchStore,
         layout: Layout,
         keep_going: Callable[[], None],
     ) -> None:
         spec = self._spec = lease.spec
+        stopped = batch.stop_reason
         self._folder = batches.folder(spec.id)
         self._commits = batches.commits(lease)
-        planned = Manifest.exists(self._folder)
-        self._manifest = Manifest(self._folder) if planned else None
-        self.index = IndexWriter(self._manifest.plan.chunks if self._manifest else 0)
-        self._source = layout.file_dir(spec.input_file_id) / "content"
+        self._manifest = Manifest(self._folder) if Manifest.exists(self._folder) else None
+        self._planned = self._manifest.plan.chunks if self._manifest else 0
+        if spec.source is not None:
+            # A listing that was stopped may have written more than was ever told.
+            self._planned = min(self._planned, batch.chunks)
+        self.index = IndexWriter(self._planned)
+        self._source = input_path(spec, layout)
+        self._provenance: dict[bytes, list[int]] = {}
         self._never_ran: type[VlmqError] = BatchExpired if stopped == "expired" else BatchCancelled
         self._keep_going = keep_going
 
@@ -107,6 +126,7 @@ class _Join:
         for chunk, path in self._shards():
             header = read_header(path)
             copy_output(path, header, target)
+            self._note_provenance(chunk, path, header)
             self.index.output(chunk, header.output_bytes)
             totals.completed += header.completed
 
@@ -123,6 +143,21 @@ class _Join:
         for chunk in self._undone(done):
             totals.failed += self._write_undone(chunk, target)
 
+    def _note_provenance(self, chunk: int, path: Path, header: ShardHeader) -> None:
+        provenance = read_provenance(path, header)
+        if provenance:
+            self._provenance.setdefault(provenance, [chunk, 0])[1] += 1
+
+    def write_provenance(self) -> None:
+        """Keep what the shards say of themselves, for they go: one entry per difference."""
+        if not self._provenance:
+            return
+        found = [
+            {"first_chunk": first, "chunks": count, **msgspec.json.decode(provenance)}
+            for provenance, (first, count) in self._provenance.items()
+        ]
+        write_json(self._folder / "provenance.json", found)
+
     def _shards(self) -> Iterator[tuple[int, Path]]:
         for count, (chunk, token) in enumerate(self._commits):
             if count % _TICK_EVERY == 0:
@@ -132,17 +167,17 @@ class _Join:
     def _undone(self, done: set[int]) -> Iterator[Chunk]:
         if self._manifest is None:
             return
-        for chunk in self._manifest.chunks():
+        for chunk in islice(self._manifest.chunks(), self._planned):
             if chunk.index not in done:
                 self._keep_going()
                 yield chunk
 
     def _write_undone(self, chunk: Chunk, target: BinaryIO) -> int:
-        data = read_chunk(self._source, chunk)
+        assert self._manifest is not None, "only a planned batch has chunks"
         error = self._never_ran()
         lines = [
             error_line(item_id(self._spec.id, line.number), line.custom_id(), error, in_batch=True)
-            for line in split_lines(data, chunk.first_line)
+            for line in lines_of(self._spec, self._manifest, self._source)(chunk)
         ]
         text = b"".join(lines)
         write_all(target, text)

@@ -12,9 +12,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from shared.errors import (
+    ImageChanged,
     ImageError,
     ImageForbidden,
     ImageNotFound,
@@ -22,14 +26,30 @@ from shared.errors import (
     StorageFailed,
 )
 
-_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
-_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO})
+MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
+REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO})
 SHOWN_CHARACTERS = 200
 
 
 def shown(text: str) -> str:
     """``text`` as a message may repeat it: one line, not too long."""
     return ascii(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
+
+
+class Seen(NamedTuple):
+    """A file as it was when somebody looked: its bytes, and when it was last written."""
+
+    size: int
+    mtime_ns: int
+
+    def check(self, descriptor: int, name: str) -> None:
+        """Raise ImageChanged unless the open file is still so."""
+        status = os.fstat(descriptor)
+        if (status.st_size, status.st_mtime_ns) != self:
+            raise ImageChanged(
+                f"{shown(name)} is not the file that it was when the image set was listed; retry "
+                "it once nobody writes to it any more"
+            )
 
 
 class ImageRoots:
@@ -39,11 +59,41 @@ class ImageRoots:
         self._roots = tuple(os.path.realpath(root) for root in roots)
         self._max_bytes = max_bytes
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, seen: Seen | None = None) -> bytes:
         """The bytes of the file at this absolute path.
 
-        Raises: ImageForbidden, ImageNotFound, ImageTooLarge; StorageFailed if the disk fails.
+        Raises: ImageForbidden, ImageNotFound, ImageTooLarge; ImageChanged if it is not as it was
+        ``seen``; StorageFailed if the disk fails.
         """
+        with self.opened(path) as descriptor:
+            if seen is not None:
+                seen.check(descriptor, path)
+            return _read_regular(descriptor, path, self._max_bytes)
+
+    def read_in(self, folder: int, name: str, path: str, seen: Seen) -> bytes:
+        """The bytes of the file ``name`` in an open folder, which is no link; ``path`` is all of it.
+
+        Quicker than ``read`` for many files of one folder. Raises: as ``read``.
+        """
+        descriptor = _open(name, path, os.O_NOFOLLOW, folder)
+        try:
+            self._require_inside(descriptor, path)
+            seen.check(descriptor, path)
+            return _read_regular(descriptor, path, self._max_bytes)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def opened(self, path: str) -> Iterator[int]:
+        """The file at this absolute path, open to be read. Raises: as ``read``."""
+        descriptor = self._open(path)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def resolve(self, path: str) -> str:
+        """The absolute path without links of what lies in a root. Raises: ImageForbidden."""
         if not self._roots:
             raise ImageForbidden(
                 "this server reads no images from its disk; upload the image to /v1/files, or let "
@@ -60,18 +110,26 @@ class ImageRoots:
             raise self._outside(path) from None
         if not self._holds(real):
             raise self._outside(path)
+        return real
+
+    def _open(self, path: str) -> int:
         # A link put in place of the file after it was resolved must not be followed.
-        descriptor = _open(real, path, os.O_NOFOLLOW)
+        descriptor = _open(self.resolve(path), path, os.O_NOFOLLOW)
         try:
-            if not self._holds(os.readlink(f"/proc/self/fd/{descriptor}")):
-                raise self._outside(path)
-            return _read_regular(descriptor, path, self._max_bytes)
-        finally:
+            self._require_inside(descriptor, path)
+        except BaseException:
             os.close(descriptor)
+            raise
+        return descriptor
+
+    def _require_inside(self, descriptor: int, path: str) -> None:
+        if not self._holds(os.readlink(f"/proc/self/fd/{descriptor}")):
+            raise self._outside(path)
 
     def _holds(self, real: str) -> bool:
         return any(
-            real.startswith(root if root.endswith("/") else root + "/") for root in self._roots
+            real == root or real.startswith(root if root.endswith("/") else root + "/")
+            for root in self._roots
         )
 
     def _outside(self, path: str) -> ImageError:
@@ -93,15 +151,15 @@ def read_file(path: Path, name: str, max_bytes: int) -> bytes:
         os.close(descriptor)
 
 
-def _open(path: str, name: str, flags: int = 0) -> int:
+def _open(path: str, name: str, flags: int = 0, folder: int | None = None) -> int:
     # Without O_NONBLOCK the open of a named pipe would wait for a writer for ever.
     flags |= os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        return os.open(path, flags)
+        return os.open(path, flags, dir_fd=folder)
     except OSError as error:
-        if error.errno in _MISSING:
+        if error.errno in MISSING:
             raise ImageNotFound(f"there is no image at {shown(name)}") from None
-        if error.errno in _REFUSED:
+        if error.errno in REFUSED:
             raise ImageForbidden(f"the server may not read {shown(name)}") from None
         raise StorageFailed(f"reading {shown(name)} failed: {error.strerror}") from error
 

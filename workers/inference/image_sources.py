@@ -49,6 +49,10 @@ class ImageReader:
         """
         return prepare(self.load(url), self._settings, tiling, detail, self._room)
 
+    def prepare(self, data: bytes, detail: Detail, tiling: Tiling | None) -> Image:
+        """The image whose encoded file is ``data``. Raises: as ``read``."""
+        return prepare(data, self._settings, tiling, detail, self._room)
+
     def with_uploads(self, open_upload: OpenUpload) -> ImageReader:
         """The same reader, for somebody with other uploads."""
         reader = copy.copy(self)

@@ -8,8 +8,8 @@ from pathlib import Path
 from shared.errors import ImageNotFound, NotFound
 from shared.settings import ImageSettings
 from shared.stores import Stores
-from workers.inference.engines.base import Tiling
-from workers.inference.image_sources import ImageReader
+from workers.inference.engines.base import Detail, Image, Tiling
+from workers.inference.image_sources import ImageReader, OpenUpload
 from workers.inference.prompts import ReadImage
 
 
@@ -25,19 +25,37 @@ class OwnedImages:
 
         Raises, when called: ImageError.
         """
-
-        def open_upload(file_id: str) -> Path:
-            try:
-                return self._stores.files.content_path(owner, file_id)
-            except NotFound:
-                return _no_uploads(file_id)
-
-        images = self._images.with_uploads(open_upload)
+        images = self._images.with_uploads(upload_opener(self._stores, owner))
         return lambda url, detail: images.read(url, detail, tiling())
+
+    def preparer(
+        self, tiling: Callable[[], Tiling | None] = lambda: None
+    ) -> Callable[[bytes, Detail], Image]:
+        """Verifies encoded images, and cuts them as ``tiling`` says at the time.
+
+        Raises, when called: ImageError.
+        """
+        return lambda data, detail: self._images.prepare(data, detail, tiling())
+
+    def load_url(self, url: str) -> bytes:
+        """The encoded image at an http(s) URL, not yet looked at. Raises: ImageError."""
+        return self._images.load(url)
 
     def close(self) -> None:
         """Close idle connections to image servers."""
         self._images.close()
+
+
+def upload_opener(stores: Stores, owner: str) -> OpenUpload:
+    """Finds the uploads of ``owner``. Raises, when called: ImageNotFound."""
+
+    def open_upload(file_id: str) -> Path:
+        try:
+            return stores.files.content_path(owner, file_id)
+        except NotFound:
+            return _no_uploads(file_id)
+
+    return open_upload
 
 
 def _no_uploads(file_id: str) -> Path:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shared.captions import NOT_FROM_CAPTIONS
 from shared.errors import CheckpointInvalid, DatasetInvalid, ImageNotFound, NotFound, StorageFailed
 from shared.finetunes import FinetuneSpec
 from shared.ids import is_id
@@ -127,6 +128,9 @@ def _batch_files(stores: Stores, owner: str, batch_id: str) -> BatchFiles:
                 "wait until it has ended",
                 param="training_file",
             )
+
+        if batch.input_file_id is None:
+            raise DatasetInvalid(NOT_FROM_CAPTIONS, param="training_file")
 
         def path(file_id: str | None) -> Path | None:
             return None if file_id is None else stores.files.content_path(owner, file_id)

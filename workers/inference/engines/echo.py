@@ -4,7 +4,9 @@ A token is a word with the white space before it; an image counts ``image_tokens
 depends on the prompt alone. With the option ``faults`` a text in the prompt makes it misbehave:
 ``[[echo:kill]]`` SIGKILL to this process, ``[[echo:hang]]`` no answer ever, ``[[echo:error]]`` an
 EngineError, ``[[echo:bug]]`` an exception no engine should raise, ``[[echo:sick]]`` health turns
-bad, ``[[echo:sleep=0.5]]`` a pause in seconds.
+bad, ``[[echo:sleep=0.5]]`` a pause in seconds. Others change the answer: ``[[echo:blank]]`` nothing,
+``[[echo:loop]]`` the same again and again, ``[[echo:refuse]]`` a refusal, ``[[echo:chinese]]`` Chinese;
+with a value, such as ``[[echo:blank=0.9]]``, only below that temperature.
 """
 
 from __future__ import annotations
@@ -45,6 +47,14 @@ from workers.inference.engines.stopping import StopStrings
 _TOKEN = re.compile(r"\s*\S+")
 _FOR_EVER_S = 3600.0
 _FAULT = re.compile(r"\[\[echo:(?P<name>\w+)(?:=(?P<value>[0-9.]+))?\]\]")
+
+_ANSWERS = {
+    "blank": "",
+    "loop": "and so on " * 20,
+    "refuse": "I'm sorry, but I can't help with that image.",
+    "chinese": "图中有一个红色的圆形和一个蓝色的方块。",
+}
+"""What is answered to a prompt that asks for it."""
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -194,6 +204,8 @@ class EchoEngine:
                 f"the model's session length is {self._session_len}"
             )
         text = _last_user_text(prompt)
+        if self._options.faults:
+            text = _instead(prompt, text)
         words = len(text.split())
         limit = min(room, prompt.sampling.max_tokens)
         if words > limit:
@@ -229,7 +241,7 @@ class EchoEngine:
                     self._health = Health(ok=False, detail="the prompt made the echo engine sick")
                 case "sleep":
                     await self._pause(prompt.id, float(value))
-                case _:
+                case _ if name not in _ANSWERS:
                     raise EngineError(f"the echo engine knows no fault '{name}'")
 
 
@@ -243,6 +255,14 @@ def _last_user_text(prompt: Prompt) -> str:
 def _faults(prompt: Prompt) -> list[tuple[str, str]]:
     """The faults that a prompt asks for, as (name, value)."""
     return _FAULT.findall(_last_user_text(prompt))
+
+
+def _instead(prompt: Prompt, text: str) -> str:
+    """What is answered in place of the text, if it asks for that."""
+    for name, value in _faults(prompt):
+        if name in _ANSWERS and not (value and prompt.sampling.temperature >= float(value)):
+            return _ANSWERS[name]
+    return text
 
 
 def _cut_at_stop(

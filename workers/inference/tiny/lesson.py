@@ -34,7 +34,7 @@ def write_lesson(out: Path, count: int, *, varied: bool = False) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     with (out / ROWS).open("w", encoding="utf-8") as lines:
         for index in range(count):
-            other = varied and index >= count // 2 and dice.random() < 0.5
+            other = varied and index >= count // 2 and dice.random() >= 0.5
             size_px = dice.randint(SMALLEST_PX, LARGEST_PX) if other else scenes.DEFAULT_SIZE_PX
             scene = scenes.scene("train", index, size_px)
             encoding: scenes.Encoding = "jpeg" if dice.random() < 0.5 else "png"
