@@ -220,25 +220,6 @@ def test_the_command_line_says_what_the_gate_found(node: RunningNode, images: Pa
     assert [json.loads(line)["custom_id"] for line in out.splitlines()] == ["a.jpg", "b.jpg"]
 
 
-def test_an_image_that_kills_engines_does_not_let_others_past_the_gate(
-    node: RunningNode, sdk: openai.OpenAI, images: Path
-) -> None:
-    """Whoever was in the engine with it is judged as well, and has one line."""
-    captions = {f"{number:02}": "[[echo:blank]]" for number in range(12)}
-    captions |= {"fine": "a red circle", "poison": "[[echo:kill]]"}
-    ended = captioned(node, sdk, fill(images / "poison", captions), quality={"resamples": 2})
-    assert ended.status == "completed"
-    rows = by_name(results(sdk, ended.output_file_id))
-    assert sorted(rows) == sorted(set(captions) - {"poison"})
-    assert rows["fine"]["vlmq"]["quality"] == {"verdict": "pass"}
-    blank = [
-        rows[name]["vlmq"]["quality"] for name in captions if captions[name] == "[[echo:blank]]"
-    ]
-    assert {found["verdict"] for found in blank} == {"review"}
-    assert ended.vlmq["failures"] == {"engine_crashed": 1}
-    assert ended.vlmq["quality"]["review"] == {"captions": 12, "reasons": {"empty": 12}}
-
-
 def test_a_set_that_is_captioned_again_keeps_its_verdicts(
     node: RunningNode, sdk: openai.OpenAI, images: Path
 ) -> None:
@@ -272,3 +253,22 @@ def test_a_sample_is_not_synced(node: RunningNode, images: Path) -> None:
     answer = httpx.post(f"{node.base_url}/captions", json={**body, "sync": True})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "sample"
+
+
+def test_an_image_that_kills_engines_does_not_let_others_past_the_gate(
+    node: RunningNode, sdk: openai.OpenAI, images: Path
+) -> None:
+    """Whoever was in the engine with it is judged as well, and has one line."""
+    captions = {f"{number:02}": "[[echo:blank]]" for number in range(12)}
+    captions |= {"fine": "a red circle", "poison": "[[echo:kill]]"}
+    ended = captioned(node, sdk, fill(images / "poison", captions), quality={"resamples": 2})
+    assert ended.status == "completed"
+    rows = by_name(results(sdk, ended.output_file_id))
+    assert sorted(rows) == sorted(set(captions) - {"poison"})
+    assert rows["fine"]["vlmq"]["quality"] == {"verdict": "pass"}
+    blank = [
+        rows[name]["vlmq"]["quality"] for name in captions if captions[name] == "[[echo:blank]]"
+    ]
+    assert {found["verdict"] for found in blank} == {"review"}
+    assert ended.vlmq["failures"] == {"engine_crashed": 1}
+    assert ended.vlmq["quality"]["review"] == {"captions": 12, "reasons": {"empty": 12}}
