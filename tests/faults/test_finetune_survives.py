@@ -180,7 +180,7 @@ def test_stopping_in_good_order_loses_no_step(own: Running) -> None:
 
 def test_a_consumer_paused_past_its_lease(own: Running) -> None:
     """Given SIGSTOP, then another consumer goes on, and the first does no harm when it wakes."""
-    job = in_the_middle(own)
+    job = in_the_middle(own, **LONGER)
     sleeper = own.consumer_pid()
     os.kill(sleeper, signal.SIGSTOP)
     command = [sys.executable, "-m", "workers.consumer", "finetune"]
@@ -193,7 +193,7 @@ def test_a_consumer_paused_past_its_lease(own: Running) -> None:
         own.wait(job.id, lambda now: now.token > job.token, "another holder")
         own.wait_step(job.id, job.progress.step + 20)
         os.kill(sleeper, signal.SIGCONT)
-        finished(own, job, STEPS)
+        finished(own, job, 3 * STEPS)
         assert len(resumed_from(own, job)) == 1
     finally:
         os.kill(sleeper, signal.SIGCONT)

@@ -143,7 +143,8 @@ def test_a_model_that_takes_too_long_is_a_503_with_retry_after() -> None:
 def test_replicas_of_one_gpu_load_one_after_the_other() -> None:
     """And those of another GPU meanwhile; each is told its share of the memory."""
     model = echo("m", gpus=["0", "1"], replicas=4, memory_share=0.6)
-    model["options"] = {"setup_delay_s": 0.5}
+    # Longer than the node may take to tell of its replicas.
+    model["options"] = {"setup_delay_s": 2.5}
     with running_node(models=(model,), start=False) as node:
         seen: list[set[int]] = []
 
