@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import httpx
 import openai
 
 from cli import demo_captions, demo_finetune
+from shared.process import free_port
 
 MODEL = "tiny-internvl2"
 SCENES = 200
@@ -224,13 +224,6 @@ def compare(output: str, pictures: list[Picture], shown: int) -> float:
             mark = "ok " if is_right else f"-- expected {picture.caption!r}, got"
             click.echo(f"  {picture.path.name}  {mark} {' '.join(answer.split())[:60]}")
     return right / len(pictures)
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What a process may use, and tying its life to its parent's."""
+"""What a process may use, a port for it, and tying its life to its parent's."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+import socket
 import sys
 
 _PR_SET_PDEATHSIG = 1
@@ -13,6 +14,13 @@ _PR_SET_PDEATHSIG = 1
 def usable_cores() -> int:
     """The processor cores that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def die_with_parent(parent_pid: int | None = None) -> bool:

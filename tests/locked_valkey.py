@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.process import free_port
 from shared.settings import load_settings
-from tests.running_node import free_port, wait_for
+from tests.running_node import wait_for
 from workers import redis_server
 
 DEPLOY = Path(__file__).parents[1] / "deploy"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from shared.process import free_port
 from shared.settings import Settings, load_settings
 from shared.stores import Stores
 
@@ -180,15 +181,6 @@ def wait_for(
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {limit_s:.0f} s for {what}\n{explain()}")
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

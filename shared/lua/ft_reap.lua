@@ -1,14 +1,7 @@
 -- Take expired leases back, and those of workers known to be dead. ARGV: worker...
 -- -> {{id, unit, events added by this script...}...}.
 local now = now_ms()
-local lost = redis.call('ZRANGEBYSCORE', P .. 'finetune_leases', '-inf', now, 'LIMIT', 0, 1000)
-local expired = #lost
-for _, worker in ipairs(ARGV) do
-  for _, member in ipairs(redis.call('SMEMBERS', P .. 'finetune_held:' .. worker)) do
-    lost[#lost + 1] = member
-  end
-  redis.call('DEL', P .. 'finetune_held:' .. worker)
-end
+local lost, expired = lost_leases(P .. 'finetune_leases', P .. 'finetune_held:', ARGV)
 local taken = {}
 for number, member in ipairs(lost) do
   local id, unit = ft_unit(member)

@@ -227,3 +227,17 @@ local function recount(id)
     redis.call('ZADD', P .. 'touched:' .. lane, field(id, 'touched') or now_ms(), id)
   end
 end
+
+-- Leases that have expired, then all that workers known to be dead hold, who then hold nothing.
+-- -> members, and how many of them have expired.
+local function lost_leases(expiries, held, workers)
+  local lost = redis.call('ZRANGEBYSCORE', expiries, '-inf', now_ms(), 'LIMIT', 0, 1000)
+  local expired = #lost
+  for _, worker in ipairs(workers) do
+    for _, member in ipairs(redis.call('SMEMBERS', held .. worker)) do
+      lost[#lost + 1] = member
+    end
+    redis.call('DEL', held .. worker)
+  end
+  return lost, expired
+end

@@ -1,13 +1,5 @@
 -- Take expired leases back, and those of workers known to be dead. ARGV: worker... -> {member...}.
-local now = now_ms()
-local lost = redis.call('ZRANGEBYSCORE', P .. 'leases', '-inf', now, 'LIMIT', 0, 1000)
-local expired = #lost
-for _, worker in ipairs(ARGV) do
-  for _, member in ipairs(redis.call('SMEMBERS', P .. 'held:' .. worker)) do
-    lost[#lost + 1] = member
-  end
-  redis.call('DEL', P .. 'held:' .. worker)
-end
+local lost, expired = lost_leases(P .. 'leases', P .. 'held:', ARGV)
 local taken = {}
 for number, member in ipairs(lost) do
   local id, unit = string.match(member, '^([^|]+)|(.+)$')

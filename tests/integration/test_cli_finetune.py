@@ -20,11 +20,12 @@ import pytest
 
 from shared.finetune_store import NewEvent
 from shared.finetunes import FinetuneError, FinetuneState, Progress
+from shared.process import free_port
 from shared.stores import Stores
 from tests.checkpoints import TUNABLE, write_checkpoint
 from tests.claimed_finetunes import training
 from tests.integration.api_server import ApiServer, running_api
-from tests.running_node import RunningNode, free_port, wait_for
+from tests.running_node import RunningNode, wait_for
 
 LLAVA = '[{"image": "a.jpg", "conversations": []}]'
 HALF = Progress(5, 10, 0.5, loss=1.25, learning_rate=3e-5, samples_per_s=6.3, eta_s=90.0)

@@ -20,10 +20,11 @@ import yaml
 from cli.main import run
 from shared.clock import unix_now
 from shared.presence import NodeReport, ReplicaReport
+from shared.process import free_port
 from shared.settings import load_settings
 from tests.conftest import connected
 from tests.locked_valkey import DEPLOY, PASSWORD, LockedValkey, running_locked_valkey
-from tests.running_node import free_port, wait_for
+from tests.running_node import wait_for
 
 ROOT = Path(__file__).parents[2]
 SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -17,7 +16,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from shared.errors import IllegalTransition, LeaseLost
@@ -35,6 +33,7 @@ from shared.storage import remove_tree
 from shared.stores import Stores
 from tests.conftest import connected, store_settings
 from tests.finetune_steps import create, events, now
+from tests.state_machines import run_machine
 
 S = FinetuneState
 LANES = {S.VALIDATING_FILES: "validate", S.QUEUED: "train"}
@@ -334,15 +333,4 @@ def test_any_order_of_events_keeps_the_rules(stores: Stores) -> None:
         pass
 
     Machine.stores = stores
-    run_state_machine_as_test(
-        Machine,
-        settings=hypothesis.settings(
-            max_examples=40,
-            stateful_step_count=30,
-            deadline=None,
-            database=None,
-            # Shrinking replays on a real server for minutes; thirty steps are read as they are.
-            phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
-            suppress_health_check=list(hypothesis.HealthCheck),
-        ),
-    )
+    run_machine(Machine, examples=40)

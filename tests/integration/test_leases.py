@@ -6,7 +6,6 @@ import itertools
 import time
 from pathlib import Path
 
-import hypothesis
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -15,7 +14,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from shared.errors import IllegalTransition, LeaseLost
@@ -26,6 +24,7 @@ from shared.shards import ShardHeader
 from shared.stores import Stores
 from tests.conftest import connected, store_settings
 from tests.faults.batches import numbered
+from tests.state_machines import run_machine
 from tests.stored_batches import (
     LANE,
     MODEL,
@@ -514,18 +513,7 @@ def test_any_order_of_events_keeps_the_rules(stores: Stores) -> None:
         pass
 
     Machine.stores = stores
-    run_state_machine_as_test(
-        Machine,
-        settings=hypothesis.settings(
-            max_examples=50,
-            stateful_step_count=30,
-            deadline=None,
-            database=None,
-            # Shrinking replays on a real server for minutes; thirty steps are read as they are.
-            phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
-            suppress_health_check=list(hypothesis.HealthCheck),
-        ),
-    )
+    run_machine(Machine, examples=50)
 
 
 def test_a_fresh_batch_offers_its_plan(stores: Stores) -> None:

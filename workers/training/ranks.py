@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from types import FrameType
 
-from shared.process import die_with_parent
-from workers.training.surroundings import free_port
+from shared.process import die_with_parent, free_port
 
 MARK = "VLMQ_TRAINER_RANK"
 """Set for the processes that are started here."""

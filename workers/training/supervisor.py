@@ -22,7 +22,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from shared.process import free_port
 from workers.bound import bound
 
 STOP = b"stop"
@@ -152,13 +152,6 @@ def kill_descendants(ancestor: int) -> None:
     for pid in found:
         found.extend(children.get(pid, ()))
         _signal(pid, signal.SIGKILL)
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def say(**words: Any) -> None:

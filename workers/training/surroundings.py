@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
-import socket
 import sys
 import types
 from pathlib import Path
 from typing import Any, NoReturn
+
+from shared.process import free_port
 
 
 def prepare_environment(cache_dir: Path, *, modules: Path | None = None) -> None:
@@ -41,13 +42,6 @@ def single_process_group() -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(free_port()),
     )
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def prepare_imports() -> None:
