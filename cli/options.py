@@ -45,6 +45,18 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
+def page_options(thing: str) -> Callable[[Command], Command]:
+    """``--limit`` and ``--after``: which of many. The command takes both."""
+
+    def add(command: Command) -> Command:
+        command = click.option("--after", help=f"Go on after this {thing}.")(command)
+        return click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100))(
+            command
+        )
+
+    return add
+
+
 def connect(url: str, api_key: str | None) -> Client:
     """A client for these options."""
     return Client(url, api_key)

@@ -47,6 +47,12 @@ def note(text: str) -> None:
     err.print(Text(text))
 
 
+def note_older(page: dict[str, Any], command: str) -> None:
+    """Say how to see what comes after a page, if anything does; ``command`` made this one."""
+    if page["has_more"]:
+        note(f"older ones: {command} --after {page['data'][-1]['id']}")
+
+
 def amount(size_bytes: int) -> str:
     """Bytes in the unit that suits them."""
     if size_bytes >= 2**30:

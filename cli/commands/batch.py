@@ -23,8 +23,8 @@ from cli import batch_words as words
 from cli.client import Client, Json
 from cli.commands.export import export
 from cli.following import follow_results, patiently
-from cli.options import connect, json_option, pairs, server_options
-from cli.output import err, note, print_json, print_table, when
+from cli.options import connect, json_option, page_options, pairs, server_options
+from cli.output import err, note, note_older, print_json, print_table, when
 from cli.uploading import upload
 
 TERMINAL = {"completed", "failed", "expired", "cancelled"}
@@ -176,8 +176,7 @@ def _reviewed(client: Client, batch_id: str) -> Iterator[bytes]:
 
 
 @batch.command("list")
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100))
-@click.option("--after", help="Go on after this batch.")
+@page_options("batch")
 @json_option
 @server_options
 def list_batches(
@@ -192,8 +191,7 @@ def list_batches(
     rows = [(b["id"], b["status"], counts(b), b.get("model") or "-", when(b["created_at"]))
             for b in page["data"]]  # fmt: skip
     print_table(("ID", "STATUS", "DONE", "MODEL", "CREATED"), rows, "there are no batches yet")
-    if page["has_more"]:
-        note(f"older ones: vlmq batch list --after {page['data'][-1]['id']}")
+    note_older(page, "vlmq batch list")
 
 
 @batch.command()

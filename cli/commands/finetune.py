@@ -14,8 +14,8 @@ import click
 from cli.client import Client, Json
 from cli.finetune_display import display, state_words, steps
 from cli.following import patiently
-from cli.options import connect, json_option, pairs, server_options
-from cli.output import note, print_json, print_table, when
+from cli.options import connect, json_option, page_options, pairs, server_options
+from cli.output import note, note_older, print_json, print_table, when
 from cli.uploading import packed, upload
 
 TERMINAL = {"succeeded", "failed", "cancelled"}
@@ -111,8 +111,7 @@ def create(
 
 
 @finetune.command("list")
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100))
-@click.option("--after", help="Go on after this fine-tune.")
+@page_options("fine-tune")
 @json_option
 @server_options
 def list_finetunes(
@@ -136,8 +135,7 @@ def list_finetunes(
     ]
     columns = ("ID", "STATUS", "STEPS", "MODEL", "CREATED")
     print_table(columns, rows, "there are no fine-tunes yet")
-    if page["has_more"]:
-        note(f"older ones: vlmq finetune list --after {page['data'][-1]['id']}")
+    note_older(page, "vlmq finetune list")
 
 
 @finetune.command()
