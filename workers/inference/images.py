@@ -259,6 +259,8 @@ def _decode(
     # stand behind the pixels, only after it has decoded them.
     if isinstance(image, JpegImageFile):
         use.before(image)
+        # In one go: fed piece by piece, the decoder waits for Python's lock before each piece.
+        image.decodermaxblock = max(image.decodermaxblock, len(data))
         # Else the coefficients of the whole image are kept, however few pixels are made of them.
         if is_one_scan(data):
             pixels = image.width * image.height
