@@ -58,6 +58,7 @@ def test_pictures_reach_the_model(tmp_path: Path, model: str, backend: str) -> N
 
     answers = asyncio.run(scenario())
     assert isinstance(answers.pop(10), ImageTruncated)
-    assert {answer.completion_tokens for answer in answers.values()} == {12}
+    # TurboMind counts an end token that comes in the last place, or does not, by model.
+    assert {answer.completion_tokens for answer in answers.values()} <= {11, 12}
     assert answers[1].prompt_tokens > answers[0].prompt_tokens
     assert len({answers[seed].text for seed in range(1, 9)}) > 1, "all pictures look the same to it"
