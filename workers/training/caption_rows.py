@@ -89,6 +89,17 @@ class CaptionBatch:
 
         Raises: DatasetInvalid if the job's results were deleted; StorageFailed; QueueUnavailable.
         """
+        try:
+            yield from self._rows(take_image)
+        except NotFound as error:
+            raise self._gone(error) from None
+
+    def close(self) -> None:
+        """Close what was opened to read images."""
+        while self._opened:
+            self._opened.pop().close()
+
+    def _rows(self, take_image: TakeImage) -> Iterator[tuple[RawRow, Row | RowUnusable]]:
         count = 0
         for chunk, lines in self._chunks():
             entries = [entry_of(line) for line in entry_lines(self._manifest, chunk)]
@@ -104,21 +115,13 @@ class CaptionBatch:
                 else:
                     yield raw, row
 
-    def close(self) -> None:
-        """Close what was opened to read images."""
-        while self._opened:
-            self._opened.pop().close()
-
     # --- what was answered ---------------------------------------------------------------------
 
     def _chunks(self) -> Iterator[tuple[Chunk, Iterator[tuple[int, bytes]]]]:
         after = 0
         while True:
             page = self._page(after)
-            try:
-                yield from page.chunks()
-            except NotFound as error:
-                raise self._gone(error) from None
+            yield from page.chunks()
             if page.complete:
                 return
             if page.next_after <= after:
@@ -130,7 +133,7 @@ class CaptionBatch:
             return self._results.page(
                 self._batch.owner, self._batch.id, after=after, limit=_PAGE_LINES
             )
-        except (NotFound, InvalidRequest) as error:
+        except InvalidRequest as error:  # it ended under a version that noted too little
             raise self._gone(error) from None
 
     def _gone(self, error: NotFound | InvalidRequest) -> DatasetInvalid:
