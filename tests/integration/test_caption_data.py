@@ -22,10 +22,10 @@ from shared.finetune_store import used_by
 from shared.finetunes import DataSource, FinetuneSpec, FinetuneState, Recipe
 from shared.ids import new_id
 from tests.datasets import jpeg, llava, rows_of
-from tests.faults.batches import wait_until_ended
+from tests.faults.batches import done, wait_until_ended
 from tests.finetunes import BASE, CHECKPOINT, OWNER, TINY, Running, training_node
 from tests.image_sets import tar, write, zipped
-from tests.running_node import ECHO
+from tests.running_node import ECHO, wait_for
 from workers.training.data_inputs import prepare_job
 from workers.training.data_report import DataReport
 
@@ -243,6 +243,49 @@ def test_a_batch_may_also_be_what_is_held_out(site: Site) -> None:
     uploaded = site.upload("rows.jsonl", content, "fine-tune")
     mixed = site.prepare(uploaded, validation_file=second.id).report
     assert (mixed.format, mixed.train, mixed.held_out) == ("llava", 6, 4)
+
+
+def test_stopped_jobs_and_retries_are_data_as_well(site: Site) -> None:
+    """What was done before a job was cancelled; and of a retry the pictures that failed at first."""
+    folder = folder_of(site, "stopped", 6, start=230)
+    for number in range(230, 234):
+        write(folder / f"{number}.txt", "[[echo:error]]")
+    first = site.captioned(str(folder), template="{txt}", model="echo")
+    assert first.request_counts.failed == 4
+    for number in range(230, 234):
+        write(folder / f"{number}.txt", f"dish {number}")
+    answer = httpx.post(f"{site.running.node.base_url}/batches/{first.id}/retry", timeout=30)
+    again = wait_until_ended(site.sdk, answer.json()["id"])
+    learned = site.prepare(again.id).learned()
+    assert learned == {
+        digest(jpeg(number)): (f"dish {number}", f"dish {number}") for number in range(230, 234)
+    }
+    many = folder_of(site, "many", 900, start=1000)
+    stopped = site.caption(str(many))
+    wait_for(lambda: done(site.sdk.batches.retrieve(stopped.id)) > 0, "a part", 60)
+    site.sdk.batches.cancel(stopped.id)
+    stopped = wait_until_ended(site.sdk, stopped.id)
+    counts = stopped.request_counts
+    made = site.prepare(stopped.id).report
+    assert (made.rows, made.train) == (counts.total, counts.completed)
+    assert made.dropped == ({"batch_line_failed": counts.failed} if counts.failed else {})
+
+
+def test_the_command_line_takes_a_batchs_id(site: Site) -> None:
+    """With options under their names; a job that was asked for so is recorded so."""
+    ended = site.captioned(str(folder_of(site, "command", 6, start=240)))
+    command = site.running.node.vlmq(
+        *("finetune", "create", "--model", BASE, "--data", ended.id, "--json"),
+        *("--set", "prompt=What is it?"),
+    )
+    said, complaint = command.communicate(timeout=60)
+    assert command.returncode == 0, complaint
+    job = json.loads(said)
+    asked = job["vlmq"]["data"]
+    assert (job["training_file"], asked["prompt"], asked["keep_flagged"]) == (
+        ended.id, "What is it?", False
+    )  # fmt: skip
+    site.sdk.fine_tuning.jobs.cancel(job["id"])
 
 
 # --- what is not as it was ------------------------------------------------------------------------
