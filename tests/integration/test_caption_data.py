@@ -228,6 +228,9 @@ def test_what_failed_or_was_flagged_is_left_out_and_counted(site: Site) -> None:
     kept = site.prepare(ended.id, keep_flagged=True).report
     assert kept.train == 10
     assert kept.dropped == {"batch_line_failed": 2, "empty_answer": 1, "answer_cut": 1}
+    job = site.create(ended.id, vlmq={"keep_flagged": True, "max_bad_share": 0.3})
+    assert job.to_dict()["vlmq"]["data"]["keep_flagged"]
+    site.sdk.fine_tuning.jobs.cancel(job.id)
 
 
 def test_a_batch_may_also_be_what_is_held_out(site: Site) -> None:
