@@ -6,15 +6,17 @@ Whatever is wrong is said before the job exists. The worker checks again, for al
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from api import current
-from api.schemas.finetune_request import CreateFinetune
-from shared.captions import NOT_FROM_CAPTIONS
+from api.schemas.finetune_request import CreateFinetune, Options
 from shared.checkpoints import CONFIG
-from shared.errors import Forbidden, InvalidValue, NotFound
+from shared.errors import Forbidden, InvalidRequest, InvalidValue, NotFound
+from shared.files import OUTPUT_PURPOSE, FileRecord
 from shared.finetunes import FinetuneSpec
 from shared.jobs import Batch
+from shared.learnable import batch_of_output, learnable_batch
 from shared.models import MAX_NAME_CHARACTERS
 from shared.tunable import WHAT_WORKS, require_consent, require_tunable
 
@@ -23,21 +25,24 @@ _DATA_PURPOSES = ("fine-tune",)
 _ARCHIVE_PURPOSES = ("fine-tune", "vision", "user_data")
 
 
-def check_sources(asked: CreateFinetune) -> None:
-    """Raises: ModelNotFound, InvalidValue or Forbidden whose ``param`` is the field."""
+def check_sources(asked: CreateFinetune) -> CreateFinetune:
+    """The request with batches named where it names their output files.
+
+    Raises: ModelNotFound, InvalidValue or Forbidden whose ``param`` is the field.
+    """
     _check_model(asked.model)
-    if asked.training_file.startswith("batch_"):
-        _check_batch(asked.training_file)
-    else:
-        _check_file(asked.training_file, _DATA_PURPOSES, "training_file")
-    if asked.validation_file is not None:
-        _check_file(asked.validation_file, _DATA_PURPOSES, "validation_file")
-    options = asked.vlmq
-    if options.images is not None:
-        _check_images(options.images)
-    if options.config_file is not None:
-        _require_config_right()
-        _check_file(options.config_file, ("fine-tune", "user_data"), "vlmq.config_file")
+    batches = {
+        param: _data(file_id, param)
+        for param, file_id in (
+            ("training_file", asked.training_file),
+            ("validation_file", asked.validation_file),
+        )
+        if file_id is not None
+    }
+    _check_options(asked.vlmq, batches)
+    return asked.model_copy(
+        update={param: batch.id for param, batch in batches.items() if batch is not None}
+    )
 
 
 def check_name(spec: FinetuneSpec) -> None:
@@ -66,33 +71,79 @@ def _check_model(name: str) -> None:
         require_consent(record)
 
 
-def _check_batch(batch_id: str) -> None:
-    """Its requests are learned from with its answers, so the input must still be there, too."""
-    stores, owner, param = current.stores(), current.owner(), "training_file"
+def _data(file_id: str, param: str) -> Batch | None:
+    """The batch that a field names, by its id or its output file's; None for a file of rows."""
+    if file_id.startswith("batch_"):
+        return _batch(file_id, param)
+    record = _file(file_id, param)
+    if record.purpose == OUTPUT_PURPOSE:
+        batch_id = batch_of_output(record)
+        if batch_id is None:
+            raise InvalidValue(
+                f"the file '{file_id}' holds what failed of a batch; name the batch itself, or its "
+                "output file",
+                param=param,
+            )
+        return _batch(batch_id, param)
+    _check_purpose(record, _DATA_PURPOSES, param)
+    return None
+
+
+def _batch(batch_id: str, param: str) -> Batch:
+    """Its requests are learned from with its answers, so what they were must still be there, too."""
     try:
-        batch = stores.batches.get(owner, batch_id)
-        if batch.input_file_id is None:
-            raise InvalidValue(NOT_FROM_CAPTIONS, param=param)
-        stores.files.get(owner, batch.input_file_id)
-    except NotFound as error:
+        return learnable_batch(current.stores(), current.owner(), batch_id)
+    except (InvalidRequest, NotFound) as error:
         raise InvalidValue(error.message, param=param) from None
-    if not batch.is_terminal or not _has_answers(batch):
-        reason = "has no answers" if batch.is_terminal else "has not ended"
-        raise InvalidValue(f"the batch '{batch_id}' {reason}", param=param)
 
 
-def _has_answers(batch: Batch) -> bool:
-    return batch.output_file_id is not None and batch.completed > 0
+def _check_options(options: Options, batches: Mapping[str, Batch | None]) -> None:
+    sources = [batch.source for batch in batches.values() if batch and batch.source]
+    is_batch = batches["training_file"] is not None
+    if options.format != "auto" and is_batch != (options.format == "batch"):
+        raise InvalidValue(
+            f"vlmq.format: '{options.format}' does not fit the training_file; the format 'batch' goes "
+            "with the id of a batch, or of its output file",
+            param="vlmq.format",
+        )
+    if options.prompt is not None and not sources:
+        raise InvalidValue(
+            "vlmq.prompt goes with a caption job as data; other rows have questions of their own",
+            param="vlmq.prompt",
+        )
+    if options.keep_flagged and not any(source.quality for source in sources):
+        raise InvalidValue(
+            "vlmq.keep_flagged goes with a caption job that has a quality gate; nothing else is "
+            "flagged",
+            param="vlmq.keep_flagged",
+        )
+    if options.images is not None:
+        if len(sources) == len(batches):
+            raise InvalidValue(
+                "vlmq.images has no effect: a caption job's images are where the job found them",
+                param="vlmq.images",
+            )
+        _check_images(options.images)
+    if options.config_file is not None:
+        _require_config_right()
+        _check_file(options.config_file, ("fine-tune", "user_data"), "vlmq.config_file")
 
 
 def _check_file(file_id: str, purposes: tuple[str, ...], param: str) -> None:
+    _check_purpose(_file(file_id, param), purposes, param)
+
+
+def _file(file_id: str, param: str) -> FileRecord:
     try:
-        record = current.stores().files.get(current.owner(), file_id)
+        return current.stores().files.get(current.owner(), file_id)
     except NotFound as error:
         raise InvalidValue(error.message, param=param) from None
+
+
+def _check_purpose(record: FileRecord, purposes: tuple[str, ...], param: str) -> None:
     if record.purpose not in purposes:
         raise InvalidValue(
-            f"the file '{file_id}' was uploaded for '{record.purpose}'; upload it for "
+            f"the file '{record.id}' was uploaded for '{record.purpose}'; upload it for "
             f"'{purposes[0]}'",
             param=param,
         )

@@ -20,11 +20,6 @@ PlaceType = Literal["folder", "glob", "list", "tar", "zip", "table", "image"]
 
 ENTRY_URL = "entry:"
 """What stands in a request where the URL of an image would; the entry says where the image is."""
-NOT_FROM_CAPTIONS = (
-    "a caption job has no file of requests to learn from; export it for fine-tuning, upload that, and "
-    "name the upload"
-)
-"""What is said to somebody who would fine-tune on a caption job as it is."""
 MAX_PLACES = 1000
 MAX_SAMPLE = 64
 """Images of a pre-flight."""

@@ -204,16 +204,23 @@ class ArchiveInvalid(DatasetInvalid):
 class RowUnusable(InvalidRequest):
     """The row cannot be trained on.
 
-    ``reason`` is what rows dropped for the same fault are counted under.
+    ``reason`` is what rows dropped for the same fault are counted under. Without ``is_fault`` the row is
+    left out because that was asked for, which says nothing against the data.
     """
 
     code = "row_unusable"
 
     def __init__(
-        self, message: str | None = None, *, param: str | None = None, reason: str | None = None
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        reason: str | None = None,
+        is_fault: bool = True,
     ) -> None:
         super().__init__(message, param=param)
         self.reason = reason or self.code
+        self.is_fault = is_fault
 
 
 # --- an image is wrong ------------------------------------------------------------------------

@@ -42,6 +42,8 @@ from shared.finetunes import (
     Wanted,
 )
 from shared.ids import is_id
+from shared.jobs import Batch
+from shared.learnable import files_learned_from
 from shared.log import get_logger
 from shared.paging import Page, ids_after
 from shared.queue import Tickets
@@ -715,15 +717,16 @@ class FinetuneStore:
 
 
 def used_by(spec: FinetuneSpec, layout: Layout) -> list[str]:
-    """Ids of the files and the batch that a job reads; they stay until it has ended."""
+    """Ids of the files and batches that a job reads; they stay until it has ended."""
     data = spec.data
     named = (data.training_file, data.validation_file, data.images, spec.config_file)
     found = {name for name in named if name and is_id(name, "file-")}
-    if is_id(data.training_file, "batch_"):
-        found.add(data.training_file)
-        batch = read_json(layout.batch_dir(data.training_file) / "final.json") or {}
-        files = (batch.get("input_file_id"), batch.get("output_file_id"))
-        found.update(file_id for file_id in files if file_id)
+    for name in (data.training_file, data.validation_file):
+        if name is not None and is_id(name, "batch_"):
+            found.add(name)
+            final = read_json(layout.batch_dir(name) / "final.json")
+            if final is not None:
+                found.update(files_learned_from(msgspec.convert(final, Batch)))
     return sorted(found)
 
 

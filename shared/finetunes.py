@@ -110,8 +110,8 @@ class Recipe(msgspec.Struct, frozen=True):
 class DataSource(msgspec.Struct, frozen=True):
     """Which rows to learn from. Files are ids of the owner's uploads.
 
-    ``training_file`` may also be the id of a finished batch. ``images`` says where rows without
-    images of their own find them: an uploaded archive (tar or zip) or a folder below an image root.
+    Both may also be ids of finished batches. ``images`` says where rows without images of their own
+    find them: an uploaded archive (tar or zip) or a folder below an image root.
     """
 
     training_file: str
@@ -125,6 +125,10 @@ class DataSource(msgspec.Struct, frozen=True):
     max_held_out: int = 200
     max_compared: int = 64
     """Most held-out rows that base and tuned model are both asked about."""
+    prompt: str | None = None
+    """Of a caption job: what is asked about every image, in place of what the job asked."""
+    keep_flagged: bool = False
+    """Of a caption job: captions that its quality gate flagged are taken as well."""
 
 
 class FinetuneSpec(msgspec.Struct, frozen=True):

@@ -123,7 +123,7 @@ def serve_checkpoint(job_id: str, checkpoint_id: str) -> Response:
 
 
 def _created(asked: CreateFinetune) -> bytes:
-    check_sources(asked)
+    asked = check_sources(asked)
     spec = FinetuneSpec(
         id=new_id("ftjob-"),
         owner=current.owner(),

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 
 from api.schemas.batches import Metadata
 from api.schemas.common import Body
+from shared.captions import MAX_TEXT
 from shared.errors import InvalidValue, UnsupportedParameter
 from shared.finetunes import DataFormat, DataSource, DeepSpeedStage, Recipe, TuningMethod
 
@@ -112,6 +113,8 @@ class Options(Body):
     held_out_share: Annotated[float, Field(ge=0, le=0.9)] = _DATA.held_out_share
     max_held_out: Annotated[int, Field(ge=1, le=100_000)] = _DATA.max_held_out
     max_compared: Annotated[int, Field(ge=1, le=10_000)] = _DATA.max_compared
+    prompt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)] | None = None
+    keep_flagged: bool = _DATA.keep_flagged
     config_file: FileId | None = None
 
     @property
@@ -157,11 +160,10 @@ class CreateFinetune(Body):
         if self.validation_file is not None:
             why = "has no meaning beside a validation_file, whose rows are the ones held out"
             _refuse(options.given, frozenset({"held_out_share"}), why)
-        is_batch = self.training_file.startswith("batch_")
-        if options.format != "auto" and is_batch != (options.format == "batch"):
+        if self.training_file.startswith("batch_") and options.format not in {"auto", "batch"}:
             raise InvalidValue(
                 f"vlmq.format: '{options.format}' does not fit the training_file "
-                f"'{self.training_file}'; the format 'batch' goes with the id of a batch",
+                f"'{self.training_file}', which is a batch; leave it out",
                 param="vlmq.format",
             )
 

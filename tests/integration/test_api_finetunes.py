@@ -466,8 +466,13 @@ def test_a_batch_is_data_once_it_has_ended(sdk: openai.OpenAI, stores: Stores) -
     assert (early.param, "has not ended" in early.message) == ("training_file", True)
     stored_batches.commit(stores, stored_batches.claim(stores), completed=2)
     stored_batches.run_control(stores)
+    ended = stored_batches.now(stores, batch)
+    assert ended.output_file_id is not None
+    for name in (ended.output_file_id, batch.id):
+        job = _create(sdk, name, validation_file=name)
+        assert (job.training_file, job.validation_file) == (batch.id, batch.id)
+        sdk.fine_tuning.jobs.cancel(job.id)
     job = _create(sdk, batch.id)
-    assert job.training_file == batch.id
     with pytest.raises(openai.ConflictError):
         sdk.files.delete(batch.input_file_id)
     sdk.fine_tuning.jobs.cancel(job.id)

@@ -74,6 +74,8 @@ def test_every_option_of_the_records_can_be_given() -> None:
         held_out_share=0.2,
         max_held_out=10,
         max_compared=5,
+        prompt="What is it?",
+        keep_flagged=True,
     )
     of_openai = ("n_epochs", "batch_size", "learning_rate_multiplier")
     files = ("training_file", "validation_file")
@@ -179,7 +181,6 @@ def test_a_bad_field_is_named(changes: dict[str, Any], param: str) -> None:
         ({"vlmq": {"method": "qlora", "deepspeed": "zero3"}}, "vlmq.deepspeed"),
         ({"vlmq": {"gpus": 4}, "hyperparameters": {"batch_size": 6}}, "hyperparameters.batch_size"),
         ({"validation_file": "file-b", "vlmq": {"held_out_share": 0.1}}, "vlmq.held_out_share"),
-        ({"vlmq": {"format": "batch"}}, "vlmq.format"),
         ({"training_file": "batch_a", "vlmq": {"format": "llava"}}, "vlmq.format"),
         ({"vlmq": {"config_file": "file-c", "max_length": 100}}, "vlmq.max_length"),
         (

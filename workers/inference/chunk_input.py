@@ -10,15 +10,14 @@ import msgspec
 
 from shared.captions import CaptionSource, Entry, Place, decode_entry, decode_place, request_of
 from shared.chat import ChatRequest
-from shared.errors import ImageChanged, StorageFailed
+from shared.errors import StorageFailed
 from shared.jobs import BatchSpec
 from shared.manifest import Chunk, Manifest
 from shared.storage import Layout, storage_errors
 from workers.inference.batch_lines import BatchLine, Line, parse_line, read_chunk, split_lines
 from workers.inference.engines.base import Detail, Image
-from workers.inference.entry_identity import holds
+from workers.inference.entry_identity import load_as_listed
 from workers.inference.entry_images import EntryImages
-from workers.inference.image_files import shown
 from workers.inference.prompts import ReadImage
 
 Prepare = Callable[[bytes, Detail], Image]
@@ -144,16 +143,9 @@ class ImageSetInput:
         if body is None:
             texts = self._images.texts(entry, place, self._asked.columns)
             body = request_of(self._source, self._asked.fill(texts))
-        return body, lambda _, detail: self._prepare(self._load(entry, place), detail)
-
-    def _load(self, entry: Entry, place: Place) -> bytes:
-        data = self._images.load(entry, place)
-        if not holds(entry, data):
-            raise ImageChanged(
-                f"{shown(entry.name)} is not the image that it was when the set was listed; sync the "
-                "set again"
-            )
-        return data
+        return body, lambda _, detail: self._prepare(
+            load_as_listed(self._images, entry, place), detail
+        )
 
     def close(self) -> None:
         """Close the archives."""

@@ -6,7 +6,9 @@ import hashlib
 
 from shared.caption_sets import Sighting
 from shared.captions import Entry, Place
-from workers.inference.entry_images import is_url, path_of
+from shared.errors import ImageChanged
+from workers.inference.entry_images import EntryImages, is_url, path_of
+from workers.inference.image_files import shown
 
 
 def content_digest(data: bytes) -> str:
@@ -43,6 +45,20 @@ def sighting_of(entry: Entry, place: Place, content: str, young: bool) -> Sighti
 def holds(entry: Entry, data: bytes) -> bool:
     """Whether an image is still the one that was recognised."""
     return entry.content is None or is_address(entry) or content_digest(data) == entry.content
+
+
+def load_as_listed(images: EntryImages, entry: Entry, place: Place) -> bytes:
+    """The encoded image of an entry, if it is the one that was listed.
+
+    Raises: ImageError, as ImageChanged if it is another; StorageFailed.
+    """
+    data = images.load(entry, place)
+    if not holds(entry, data):
+        raise ImageChanged(
+            f"{shown(entry.name)} is not the image that it was when the set was listed; sync the "
+            "set again"
+        )
+    return data
 
 
 def is_address(entry: Entry) -> bool:

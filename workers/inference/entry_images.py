@@ -28,7 +28,7 @@ from shared.settings import ImageSettings
 from shared.storage import storage_errors
 from shared.tables import TableRows, image_in
 from shared.zip_reading import read_member
-from workers.inference.image_files import ImageRoots, Seen, read_file, shown
+from workers.inference.image_files import ImageRoots, Seen, WrittenBy, read_file, shown
 from workers.inference.image_sources import OpenUpload
 
 MAX_SIDECAR_BYTES = 1 << 20
@@ -39,7 +39,8 @@ _MAX_OPEN = 4
 class EntryImages:
     """Reads for one owner, one chunk after the other; close it when nobody reads any more.
 
-    ``load_url`` gets an image from an image server. Every method may raise StorageFailed if the disk
+    ``load_url`` gets an image from an image server. Files with texts that were written to after
+    ``texts_until_s`` (Unix seconds) are not what they were. Every method may raise StorageFailed if the disk
     fails.
     """
 
@@ -48,9 +49,11 @@ class EntryImages:
         settings: ImageSettings,
         open_upload: OpenUpload,
         load_url: Callable[[str], bytes],
+        texts_until_s: float | None = None,
     ) -> None:
         self._roots = ImageRoots(settings.roots, settings.max_bytes)
         self._texts = ImageRoots(settings.roots, MAX_SIDECAR_BYTES)
+        self._texts_seen = None if texts_until_s is None else WrittenBy(texts_until_s)
         self._max_bytes = settings.max_bytes
         self._open_upload = open_upload
         self._load_url = load_url
@@ -177,7 +180,7 @@ class EntryImages:
         if is_url(path):
             return None
         try:
-            return self._texts.read(f"{posixpath.splitext(path)[0]}.{kind}")
+            return self._texts.read(f"{posixpath.splitext(path)[0]}.{kind}", self._texts_seen)
         except ImageNotFound:
             return None
         except ImageTooLarge:

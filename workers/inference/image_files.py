@@ -52,6 +52,17 @@ class Seen(NamedTuple):
             )
 
 
+class WrittenBy(NamedTuple):
+    """A file that nobody wrote to after this time (Unix seconds)."""
+
+    time_s: float
+
+    def check(self, descriptor: int, name: str) -> None:
+        """Raise ImageChanged if somebody did."""
+        if os.fstat(descriptor).st_mtime > self.time_s:
+            raise ImageChanged(f"{shown(name)} was written to since")
+
+
 class ImageRoots:
     """The folders that requests may name files in."""
 
@@ -59,7 +70,7 @@ class ImageRoots:
         self._roots = tuple(os.path.realpath(root) for root in roots)
         self._max_bytes = max_bytes
 
-    def read(self, path: str, seen: Seen | None = None) -> bytes:
+    def read(self, path: str, seen: Seen | WrittenBy | None = None) -> bytes:
         """The bytes of the file at this absolute path.
 
         Raises: ImageForbidden, ImageNotFound, ImageTooLarge; ImageChanged if it is not as it was

@@ -73,16 +73,16 @@ _input = msgspec.json.Decoder(_InputLine)
 
 
 def read_batch(
-    files: BatchFiles, scratch: Path, max_row_bytes: int
+    files: BatchFiles, scratch: Path, max_row_bytes: int, param: str
 ) -> Iterator[tuple[RawRow, Row | RowUnusable]]:
     """Every line of the batch's input, joined with its answer by ``custom_id``.
 
-    ``scratch`` is a file to be made. Raises: StorageFull, StorageFailed, DatasetInvalid.
+    ``scratch`` is a file to be made, ``param`` names the batch in errors. Raises: StorageFull, StorageFailed, DatasetInvalid.
     """
     answers = _Answers(scratch)
     try:
-        answers.read(files, max_row_bytes)
-        for raw in read_rows(files.input, max_row_bytes, "training_file"):
+        answers.read(files, max_row_bytes, param)
+        for raw in read_rows(files.input, max_row_bytes, param):
             try:
                 yield raw, _joined(raw.text, answers)
             except RowUnusable as error:
@@ -91,6 +91,20 @@ def read_batch(
         answers.close()
         with storage_errors(scratch):
             scratch.unlink(missing_ok=True)
+
+
+def cut_answer() -> RowUnusable:
+    """An answer that is not whole."""
+    return RowUnusable(
+        "the answer was cut at the batch's max_tokens; what is learned would end like it",
+        param="max_tokens",
+        reason="answer_cut",
+    )
+
+
+def failed_line(code: str) -> RowUnusable:
+    """A line without an answer; ``code`` is why."""
+    return RowUnusable(f"this line of the batch failed ({code})", reason="batch_line_failed")
 
 
 def _joined(text: bytes, answers: _Answers) -> Row:
@@ -111,12 +125,12 @@ class _Answers:
             path, "create table answers (id text primary key, content text, reason text)"
         )
 
-    def read(self, files: BatchFiles, max_row_bytes: int) -> None:
+    def read(self, files: BatchFiles, max_row_bytes: int, param: str) -> None:
         if files.output is not None:
-            for raw in read_rows(files.output, max_row_bytes, "training_file"):
+            for raw in read_rows(files.output, max_row_bytes, param):
                 self._add_output(raw.text)
         if files.errors is not None:
-            for raw in read_rows(files.errors, max_row_bytes, "training_file"):
+            for raw in read_rows(files.errors, max_row_bytes, param):
                 self._add_error(raw.text)
 
     def take(self, custom_id: str) -> str:
@@ -132,15 +146,9 @@ class _Answers:
             )
         content, reason = found
         if reason == "length":
-            raise RowUnusable(
-                "the answer was cut at the batch's max_tokens; what is learned would end like it",
-                param="max_tokens",
-                reason="answer_cut",
-            )
+            raise cut_answer()
         if content is None:
-            raise RowUnusable(
-                f"this line of the batch failed ({reason})", reason="batch_line_failed"
-            )
+            raise failed_line(reason)
         return str(content)
 
     def close(self) -> None:

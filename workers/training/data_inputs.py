@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from shared.captions import NOT_FROM_CAPTIONS
-from shared.errors import CheckpointInvalid, DatasetInvalid, ImageNotFound, NotFound, StorageFailed
+from shared.errors import CheckpointInvalid, DatasetInvalid, InvalidRequest, NotFound, StorageFailed
 from shared.finetunes import FinetuneSpec
 from shared.ids import is_id
+from shared.jobs import Batch
+from shared.learnable import learnable_batch
+from shared.manifest import Manifest
 from shared.settings import Settings
 from shared.stores import Stores
 from workers.inference.engines.base import Tiling
+from workers.inference.entry_images import EntryImages
 from workers.inference.image_sources import ImageReader
+from workers.inference.uploads import upload_opener
 from workers.training.batch_rows import BatchFiles
+from workers.training.caption_rows import CaptionBatch, CaptionWishes
 from workers.training.data_report import DataReport
-from workers.training.dataset import Inputs, Limits, prepare
+from workers.training.dataset import GivenRows, Inputs, Limits, prepare
 from workers.training.row_lengths import CountTokens, Family, RowLengths, TokenRules
 
 _FAMILIES: dict[str, Family] = {
@@ -61,41 +66,42 @@ def limits_of(settings: Settings) -> Limits:
 
 @contextmanager
 def opened_inputs(spec: FinetuneSpec, stores: Stores) -> Iterator[Inputs]:
-    """The files that the spec names. Raises: DatasetInvalid naming the field."""
+    """The files and batches that the spec names. Raises: DatasetInvalid naming the field."""
     data, owner = spec.data, spec.owner
-
-    def upload(file_id: str, param: str) -> Path:
-        try:
-            return stores.files.content_path(owner, file_id)
-        except NotFound:
-            raise DatasetInvalid(f"there is no file '{file_id}'", param=param) from None
-
-    def open_upload(file_id: str) -> Path:
-        try:
-            return stores.files.content_path(owner, file_id)
-        except NotFound:
-            raise ImageNotFound(f"there is no file '{file_id}'") from None
-
-    is_batch = is_id(data.training_file, "batch_")
     images = data.images
     is_archive = images is not None and is_id(images, "file-")
-    reader = ImageReader(stores.settings.images, open_upload)
-    try:
+    with ExitStack() as opened:
+        reader = ImageReader(stores.settings.images, upload_opener(stores, owner))
+        opened.callback(reader.close)
+
+        def rows(name: str, param: str) -> GivenRows:
+            if not is_id(name, "batch_"):
+                return _upload(stores, owner, name, param)
+            given = _batch_rows(stores, spec, name, param, reader)
+            if isinstance(given, CaptionBatch):
+                opened.callback(given.close)
+            return given
+
         yield Inputs(
-            training=_batch_files(stores, owner, data.training_file)
-            if is_batch
-            else upload(data.training_file, "training_file"),
+            training=rows(data.training_file, "training_file"),
             load_image=reader.load,
             validation=None
             if data.validation_file is None
-            else upload(data.validation_file, "validation_file"),
-            archive=upload(images, "images") if images is not None and is_archive else None,
+            else rows(data.validation_file, "validation_file"),
+            archive=_upload(stores, owner, images, "images")
+            if images is not None and is_archive
+            else None,
             folder=None
             if images is None or is_archive
             else image_folder(images, stores.settings.images.roots),
         )
-    finally:
-        reader.close()
+
+
+def _upload(stores: Stores, owner: str, file_id: str, param: str) -> Path:
+    try:
+        return stores.files.content_path(owner, file_id)
+    except NotFound:
+        raise DatasetInvalid(f"there is no file '{file_id}'", param=param) from None
 
 
 def image_folder(name: str, roots: tuple[Path, ...]) -> Path:
@@ -119,32 +125,48 @@ def image_folder(name: str, roots: tuple[Path, ...]) -> Path:
     return real
 
 
-def _batch_files(stores: Stores, owner: str, batch_id: str) -> BatchFiles:
+def _batch_rows(
+    stores: Stores, spec: FinetuneSpec, batch_id: str, param: str, reader: ImageReader
+) -> BatchFiles | CaptionBatch:
+    owner = spec.owner
     try:
-        batch = stores.batches.get(owner, batch_id)
-        if not batch.is_terminal or batch.output_file_id is None:
-            raise DatasetInvalid(
-                f"the batch '{batch_id}' is {batch.state.value} and has no output to learn from; "
-                "wait until it has ended",
-                param="training_file",
-            )
-
-        if batch.input_file_id is None:
-            raise DatasetInvalid(NOT_FROM_CAPTIONS, param="training_file")
-
-        def path(file_id: str | None) -> Path | None:
-            return None if file_id is None else stores.files.content_path(owner, file_id)
-
-        return BatchFiles(
-            input=stores.files.content_path(owner, batch.input_file_id),
-            output=path(batch.output_file_id),
-            errors=path(batch.error_file_id),
+        batch = learnable_batch(stores, owner, batch_id)
+        if batch.source is not None:
+            return _caption_batch(stores, spec, batch, param, reader)
+        input_, output, errors = (
+            None if file_id is None else stores.files.content_path(owner, file_id)
+            for file_id in (batch.input_file_id, batch.output_file_id, batch.error_file_id)
         )
     except NotFound as error:
         raise DatasetInvalid(
-            f"the batch '{batch_id}' or one of its files is gone: {error.message}",
-            param="training_file",
+            f"the batch '{batch_id}' or one of its files is gone: {error.message}", param=param
         ) from None
+    except InvalidRequest as error:
+        raise DatasetInvalid(error.message, param=param) from None
+    assert input_ is not None, "a batch has an input file or an image set"
+    return BatchFiles(input_, output, errors)
+
+
+def _caption_batch(
+    stores: Stores, spec: FinetuneSpec, batch: Batch, param: str, reader: ImageReader
+) -> CaptionBatch:
+    folder = stores.batches.folder(batch.id)
+    if not Manifest.exists(folder):
+        raise DatasetInvalid(
+            f"the list of the images of the batch '{batch.id}' is gone", param=param
+        )
+    # All questions were asked by then; times are kept in whole seconds.
+    asked_by = (batch.finalizing_at or batch.created_at) + 1
+    images = stores.settings.images
+    uploads = upload_opener(stores, spec.owner)
+    return CaptionBatch(
+        batch,
+        stores.results,
+        Manifest(folder),
+        lambda: EntryImages(images, uploads, reader.load, texts_until_s=asked_by),
+        CaptionWishes(spec.data.prompt, spec.data.keep_flagged),
+        param,
+    )
 
 
 # --- what the base makes of rows --------------------------------------------------------------

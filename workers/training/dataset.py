@@ -44,6 +44,7 @@ from shared.storage import (
     write_json,
 )
 from workers.training.batch_rows import BatchFiles, read_batch
+from workers.training.caption_rows import CaptionBatch
 from workers.training.data_report import DataReport, EntryTally, Side, Spread, Tally
 from workers.training.picture_sources import (
     LoadImage,
@@ -74,6 +75,9 @@ KeepGoing = Callable[[], None]
 
 _ParsedRows = Iterator[tuple[RawRow, Row | RowUnusable]]
 
+GivenRows = Path | BatchFiles | CaptionBatch
+"""A file of rows, the files of a finished batch, or a finished caption job."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -83,9 +87,9 @@ class Inputs:
     that the caller has found to be below an image root. ``load_image`` gets everything else.
     """
 
-    training: Path | BatchFiles
+    training: GivenRows
     load_image: LoadImage
-    validation: Path | None = None
+    validation: GivenRows | None = None
     archive: Path | None = None
     folder: Path | None = None
 
@@ -219,28 +223,32 @@ class _Preparation:
         with PictureCollector(
             table, pictures, self._limits.images, self._inputs.load_image, self._step
         ) as collector:
-            self._take(table, collector, "training", self._training_rows())
+            self._format, rows = self._rows_of(self._inputs.training, "training", collector)
+            self._take(table, collector, "training", rows)
             if self._inputs.validation is not None:
-                self._take(table, collector, "validation", self._validation_rows())
+                _, rows = self._rows_of(self._inputs.validation, "validation", collector)
+                self._take(table, collector, "validation", rows)
             collector.take_all(self._inputs.archive, self._inputs.folder, self._refused)
 
-    def _training_rows(self) -> _ParsedRows:
-        training = self._inputs.training
-        if isinstance(training, BatchFiles):
-            self._format = "batch"
-            return read_batch(training, self._scratch / "answers.db", self._limits.max_row_bytes)
-        if self._source.format == "batch":
+    def _rows_of(
+        self, given: GivenRows, side: Side, collector: PictureCollector
+    ) -> tuple[DataFormat, _ParsedRows]:
+        param = f"{side}_file"
+        if isinstance(given, CaptionBatch):
+            return "batch", given.rows(collector.take)
+        if isinstance(given, BatchFiles):
+            answers = self._scratch / "answers.db"
+            rows = read_batch(given, answers, self._limits.max_row_bytes, param)
+            return "batch", self._addressed_rows(rows, collector)
+        named = self._source.format
+        if named == "batch" and side == "validation":
+            named = "auto"
+        if named == "batch":
             raise DatasetInvalid(
-                "format is 'batch', so training_file must be the id of a finished batch",
-                param="training_file",
+                f"format is 'batch', so {param} must be the id of a finished batch", param=param
             )
-        self._format, rows = self._parsed(training, self._source.format, "training_file")
-        return rows
-
-    def _validation_rows(self) -> _ParsedRows:
-        assert self._inputs.validation is not None
-        named = "auto" if self._source.format == "batch" else self._source.format
-        return self._parsed(self._inputs.validation, named, "validation_file")[1]
+        found, rows = self._parsed(given, named, param)
+        return found, self._addressed_rows(rows, collector)
 
     def _parsed(self, path: Path, named: DataFormat, param: str) -> tuple[DataFormat, _ParsedRows]:
         found = named
@@ -260,7 +268,7 @@ class _Preparation:
     def _take(
         self, table: RowTable, collector: PictureCollector, side: Side, rows: _ParsedRows
     ) -> None:
-        for raw, parsed in rows:
+        for raw, row in rows:
             self._step()
             self._tally.rows += 1
             if self._tally.rows > self._limits.max_rows:
@@ -269,11 +277,15 @@ class _Preparation:
                     "server accepts (finetune.max_rows); take a part of it",
                     param=f"{side}_file",
                 )
-            row = self._addressed(parsed, collector)
             if isinstance(row, RowUnusable):
                 self._tally.drop(side, raw.number, raw.line, row)
+                self._unlearned += not row.is_fault
             else:
                 table.add_row(side, raw.number, raw.line, row)
+
+    def _addressed_rows(self, rows: _ParsedRows, collector: PictureCollector) -> _ParsedRows:
+        for raw, row in rows:
+            yield raw, self._addressed(row, collector)
 
     def _addressed(self, row: Row | RowUnusable, collector: PictureCollector) -> Row | RowUnusable:
         """The row with its image under a name that is short, and one for one file."""

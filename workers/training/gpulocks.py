@@ -3,7 +3,8 @@
 In ``RUN_DIR/lent``: ``GPU.lock``, an exclusive ``flock`` held until the last process of a training
 is gone, whatever ends it, with the job's id inside for people; ``GPU.free``, written by the node's
 fleet when no engine is left on a locked GPU, with the same id; ``choose.lock``, held while somebody chooses. Whoever
-wants several GPUs gets all of them or none, so no two ever wait for each other.
+wants several GPUs gets all of them or none, so no two ever wait for each other. Who has waited for a while
+comes before all that asked later (``gpu_queue``), so that those who want few do not starve one that wants many.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import BinaryIO
 
 from shared.storage import storage_errors
 from workers.logfiles import safe_name
+from workers.training.gpu_queue import HEARD_S, PATIENCE_S, GpuQueue
 
 _TRIES = 20
 _RETRY_S = 0.05
@@ -60,38 +62,64 @@ class LentGpus:
 
 @dataclass(frozen=True)
 class Taken:
-    """GPUs could not be had; ``holders`` says by whom each taken one is held."""
+    """GPUs could not be had; ``holders`` says by whom each taken one is held.
+
+    With ``ahead`` nobody looked: free ones are kept for that job, which has waited longer.
+    """
 
     holders: dict[str, str]
+    ahead: str | None = None
 
     @property
     def words(self) -> str:
         """For people."""
+        if self.ahead is not None:
+            return f"{self.ahead}, which has waited longer, comes first"
         return ", ".join(f"GPU {gpu} is used by {job}" for gpu, job in self.holders.items())
 
 
 class GpuLocks:
     """The GPUs of this machine that fine-tunes may take.
 
-    ``served`` are those that this node's engines use; they are chosen last and waited for.
+    ``served`` are those that this node's engines use; they are chosen last and waited for. For
+    ``patience_s`` and ``heard_s`` see ``gpu_queue``.
     """
 
     def __init__(
-        self, run_dir: Path, gpus: Sequence[str], *, served: Callable[[], Collection[str]]
+        self,
+        run_dir: Path,
+        gpus: Sequence[str],
+        *,
+        served: Callable[[], Collection[str]],
+        patience_s: float = PATIENCE_S,
+        heard_s: float = HEARD_S,
     ) -> None:
         self._run_dir = run_dir
+        self._queue = GpuQueue(lent_folder(run_dir), patience_s=patience_s, heard_s=heard_s)
         self._gpus = tuple(gpus)
         self._served = served
 
     def take(self, count: int, job_id: str) -> LentGpus | Taken:
-        """Lock ``count`` GPUs, or none. Raises: StorageFailed."""
+        """Lock ``count`` GPUs, or none; whoever got none is to ask again every few seconds.
+
+        Raises: StorageFull, StorageFailed.
+        """
         if count == 0:
             return LentGpus((), (), job_id)
         served = self._served()
         with storage_errors(lent_folder(self._run_dir)):
             lent_folder(self._run_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._choosing():
-                return self._choose(count, job_id, sorted(self._gpus, key=served.__contains__))
+                ahead = self._queue.ahead_of(job_id)
+                if ahead is not None:
+                    found: LentGpus | Taken = Taken({}, ahead)
+                else:
+                    found = self._choose(count, job_id, sorted(self._gpus, key=served.__contains__))
+                if isinstance(found, LentGpus):
+                    self._queue.leave(job_id)
+                elif count <= len(self._gpus):  # else it would keep others waiting for nothing
+                    self._queue.wait(job_id)
+                return found
 
     def wait_until_free(
         self, lent: LentGpus, *, wait_s: float, keep_going: Callable[[], None]

@@ -1,7 +1,8 @@
 """Get every image that rows name, from wherever it may be, and store it verified.
 
-Three kinds of places: an archive that rows name members of, a folder below an image root that they
-name files of, and addresses that stand for themselves (``data:`` and http(s) URLs, uploads, paths).
+Four kinds of places: an archive that rows name members of, a folder below an image root that they
+name files of, addresses that stand for themselves (``data:`` and http(s) URLs, uploads, paths), and
+whatever the source of a row reads itself.
 Images are decoded by several threads; what becomes of them is noted by the one that calls.
 """
 
@@ -63,19 +64,26 @@ class PictureCollector:
     def take_inline(self, url: str) -> str:
         """Begin to store the image in a ``data:`` URL; the short address it is known by."""
         address = _DATA + hashlib.sha256(url.encode()).hexdigest()
-        if not self._table.knows_image(address):
-            self._table.name_image(address)
-            self._submit(address, lambda: self._pictures.store(self._load(url)))
+        self.take(address, lambda: self._load(url))
         return address
 
-    def finish_inline(self) -> None:
-        """Wait for the images of ``data:`` URLs."""
+    def take(self, address: str, load: Callable[[], bytes]) -> None:
+        """Begin to store an image that nothing but ``load`` can get; it may raise ImageError.
+
+        ``load`` is called by another thread.
+        """
+        if not self._table.knows_image(address):
+            self._table.name_image(address)
+            self._submit(address, lambda: self._pictures.store(load()))
+
+    def finish(self) -> None:
+        """Wait for the images that were begun."""
         while self._waiting:
             self._note_oldest()
 
     def take_all(self, archive: Path | None, folder: Path | None, refused: EntryTally) -> None:
         """Get all images that rows name and that are not known yet."""
-        self.finish_inline()
+        self.finish()
         if archive is not None:
             self._take_archive(archive, refused)
         root = None if folder is None else ImageRoots((folder,), self._settings.max_bytes)
@@ -85,7 +93,7 @@ class PictureCollector:
                 self._submit(address, self._reader(address, has_archive=archive is not None))
             else:
                 self._submit(address, self._file_reader(root, f"{folder}/{address}"))
-        self.finish_inline()
+        self.finish()
 
     def _reader(self, address: str, *, has_archive: bool) -> Callable[[], Picture]:
         if stands_alone(address):
