@@ -47,6 +47,7 @@ class HostProcess:
         *,
         engine: str = "echo",
         max_waiting: int = 4096,
+        max_waiting_bytes: int = 256 << 20,
         drain_limit_s: float = 20.0,
         warm_up_limit_s: float = 300.0,
         spec: dict[str, Any] | None = None,
@@ -58,6 +59,7 @@ class HostProcess:
         command += ["--socket", str(self.socket), "--replica", str(replica)]
         command += ["--max-waiting", str(max_waiting), "--drain-limit-s", str(drain_limit_s)]
         command += ["--warm-up-limit-s", str(warm_up_limit_s)]
+        command += ["--max-waiting-bytes", str(max_waiting_bytes)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -31,6 +31,8 @@ log = get_logger(__name__)
 ABORT_AGAIN_S = 0.05
 ADMIT_AGAIN_S = 0.005
 """How soon to look again for what the pace held back."""
+MAX_WAITING_BYTES = 256 * 1024 * 1024
+"""Images of waiting batch prompts may hold about so much memory; some seconds of work."""
 
 
 class Caller(Protocol):
@@ -53,6 +55,7 @@ class _Request(msgspec.Struct, eq=False):
     """A prompt under its process-wide id; ``caller`` is None once nobody waits for it.
 
     ``unheard`` is a chat in the engine that has no word yet; ``entered_s`` is of ``time.monotonic``.
+    ``size_bytes`` counts the images.
     """
 
     prompt: Prompt
@@ -60,6 +63,7 @@ class _Request(msgspec.Struct, eq=False):
     caller_id: int
     lane: Lane
     streamed: bool
+    size_bytes: int
     started: bool = False
     released: bool = False
     unheard: bool = False
@@ -68,11 +72,29 @@ class _Request(msgspec.Struct, eq=False):
 
 
 class Dispatcher:
-    """Lets prompts into the engine and hands their answers back to the callers."""
+    """Lets prompts into the engine and hands their answers back to the callers.
 
-    def __init__(self, engine: Engine, max_running: int, max_waiting: int) -> None:
+    ``on_enough`` is told when batches should send nothing more for now, and when they should again:
+    their prompts are large, and whoever takes them in has no time for chats meanwhile.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        max_running: int,
+        max_waiting: int,
+        *,
+        max_waiting_bytes: int = MAX_WAITING_BYTES,
+        on_enough: Callable[[bool], None] = lambda _: None,
+    ) -> None:
         self._engine = engine
         self._lanes: Lanes[_Request] = Lanes(max_running, max_waiting)
+        self._max_running = max_running
+        self._max_waiting_bytes = max_waiting_bytes
+        self._waiting_bytes = 0
+        self._unheard = 0
+        self._enough = False
+        self._on_enough = on_enough
         self._requests: dict[Caller, dict[int, _Request]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_id = 0
@@ -105,7 +127,10 @@ class Dispatcher:
                 caller.failed(prompt.id, _stopping())
             return
         requests = self._register(caller, message)
-        for request in self._lanes.offer(message.lane, requests):
+        self._waiting_bytes += _batch_bytes(requests)
+        refused = self._lanes.offer(message.lane, requests)
+        self._waiting_bytes -= _batch_bytes(refused)
+        for request in refused:
             self._answer(request, EngineBusy())
         self._admit()
 
@@ -116,7 +141,7 @@ class Dispatcher:
         for request in gone:
             request.caller = None
         if any(not request.started for request in gone):
-            self._lanes.withdraw(lambda request: request.caller is None)
+            self._withdraw(lambda request: request.caller is None)
         in_groups: list[_Request] = []
         for request in gone:
             if request.task is not None:
@@ -129,7 +154,7 @@ class Dispatcher:
     def close_door(self) -> None:
         """Take nothing new, and fail what has not started, with EngineUnavailable."""
         self._accepting = False
-        for request in self._lanes.withdraw(lambda _: True):
+        for request in self._withdraw(lambda _: True):
             self._answer(request, _stopping())
 
     async def until_empty(self) -> None:
@@ -163,7 +188,8 @@ class Dispatcher:
                 raise MalformedFrame(f"prompt id {caller_id} is in use on this connection")
             # The prompt was decoded a moment ago and nobody else holds it.
             msgspec.structs.force_setattr(prompt, "id", engine_id)
-            request = _Request(prompt, caller, caller_id, lane, streamed)
+            size_bytes = sum(len(image.data) for image in prompt.images)
+            request = _Request(prompt, caller, caller_id, lane, streamed, size_bytes)
             mine[caller_id] = request
             requests.append(request)
         return requests
@@ -176,15 +202,20 @@ class Dispatcher:
             self._admit_later = loop.call_later(ADMIT_AGAIN_S, self._admit_again)
         if not self._lanes.running:
             self._empty.set()
-        if not admitted:
-            return
-        self._empty.clear()
+        self._waiting_bytes -= _batch_bytes(admitted)
+        if admitted:
+            self._empty.clear()
+            self._begin(admitted)
+        self._tell_enough()
+
+    def _begin(self, admitted: Sequence[_Request]) -> None:
         whole: dict[int, _Request] = {}
         now_s = time.monotonic()
         for request in admitted:
             request.started, request.entered_s = True, now_s
             if request.lane == "chat":
                 request.unheard = True
+                self._unheard += 1
                 self._lanes.chat_waits()
             if request.streamed:
                 self._start_stream(request)
@@ -262,7 +293,24 @@ class Dispatcher:
     def _hear(self, request: _Request) -> None:
         if request.unheard:
             request.unheard = False
+            self._unheard -= 1
             self._lanes.chat_heard()
+            self._tell_enough()
+
+    def _withdraw(self, unwanted: Callable[[_Request], bool]) -> list[_Request]:
+        removed = self._lanes.withdraw(unwanted)
+        self._waiting_bytes -= _batch_bytes(removed)
+        self._tell_enough()
+        return removed
+
+    def _tell_enough(self) -> None:
+        """Enough waits: as much as may, until half of it is gone; or a chat, and some for later."""
+        most = self._max_waiting_bytes // 2 if self._enough else self._max_waiting_bytes
+        chat = self._unheard > 0 and self._lanes.waiting >= self._max_running
+        enough = self._waiting_bytes > most or chat
+        if enough != self._enough:
+            self._enough = enough
+            self._on_enough(enough)
 
     def _release(self, request: _Request) -> None:
         request.released = True
@@ -278,6 +326,10 @@ class Dispatcher:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _batch_bytes(requests: Iterable[_Request]) -> int:
+    return sum(request.size_bytes for request in requests if request.lane == "batch")
 
 
 def _stopping() -> EngineUnavailable:

@@ -40,7 +40,7 @@ log = get_logger(__name__)
 
 MIN_WINDOW = 256
 SEND_LIMIT_S = 2.0
-"""How long ``submit`` tries to get rid of its bytes; an engine that reads takes milliseconds."""
+"""How long ``submit`` tries to get rid of its bytes; an engine that has enough reads none."""
 _RECV_BYTES = 256 * 1024
 _CONNECT_TIMEOUT_S = 1.0
 
@@ -184,15 +184,16 @@ class Flight:
         return finished
 
     def abort(self) -> None:
-        """Forget everything in flight and tell the engines; the flight stays usable."""
+        """Forget everything in flight and tell the engines; the flight stays usable.
+
+        They are told by hanging up, which an engine notices that reads nothing for now, too.
+        """
         self._backlog.clear()
         self._finished.clear()
-        for line in self._lines.values():
-            ids = list(line.replica.in_flight)
-            line.replica.in_flight.clear()
-            if ids:
-                line.queue([wire.encode(wire.Abort(ids))])
-        self._turn(0)
+        for line in list(self._lines.values()):
+            if line.replica.in_flight:
+                self._hang_up(line)
+        self._next_scan_s = 0.0
 
     def close(self) -> None:
         """Hang up; the engines abort what is left."""

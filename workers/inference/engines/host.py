@@ -18,6 +18,7 @@ import asyncio
 import gc
 import importlib
 import os
+import select
 import signal
 import socket
 import sys
@@ -40,7 +41,7 @@ from shared.log import configure, get_logger
 from shared.process import die_with_parent
 from workers.inference.engines import wire
 from workers.inference.engines.base import Completion, Engine, EngineSpec
-from workers.inference.engines.dispatch import Dispatcher
+from workers.inference.engines.dispatch import MAX_WAITING_BYTES, Dispatcher
 from workers.inference.engines.warmup import warm_up
 
 log = get_logger(__name__)
@@ -59,6 +60,8 @@ MAX_UNSENT_BYTES = 16 * 1024 * 1024
 """A client that leaves this much unread is dropped."""
 
 LOAD_INTERVAL_S = 0.1
+GLANCE_S = 0.25
+"""How often clients that are not read are looked at: they may have gone."""
 HEALTH_INTERVAL_S = 2.0
 CLOSE_LIMIT_S = 10.0
 
@@ -74,6 +77,7 @@ class HostOptions:
     replica: int
     spec: EngineSpec
     max_waiting: int = 4096
+    max_waiting_bytes: int = MAX_WAITING_BYTES
     drain_limit_s: float = 60.0
     warm_up_limit_s: float = 300.0
 
@@ -109,6 +113,20 @@ class Connection(asyncio.Protocol):
         self._transport = None
         self.closed.set()
         self._server.left(self)
+
+    def hold(self, held: bool) -> None:  # noqa: FBT001 - a state, not an option
+        """Read nothing from this client until told again."""
+        if self._transport is None:
+            return
+        if held:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def end_if_gone(self) -> None:
+        """Notice that the client hung up, which a transport does not that is not reading."""
+        if self._transport is not None and _hung_up(self._transport.get_extra_info("socket")):
+            self._transport.abort()
 
     def delta(self, prompt_id: int, text: str) -> None:
         """Send a piece of an answer."""
@@ -171,7 +189,15 @@ class HostServer:
         self._engine = engine
         self._options = options
         self._connections: set[Connection] = set()
-        self._dispatcher = Dispatcher(engine, options.spec.max_running, options.max_waiting)
+        self._batches: set[Connection] = set()
+        self._enough = False
+        self._dispatcher = Dispatcher(
+            engine,
+            options.spec.max_running,
+            options.max_waiting,
+            max_waiting_bytes=options.max_waiting_bytes,
+            on_enough=self._hold_batches,
+        )
         self._listener: asyncio.Server | None = None
         self._inode: tuple[int, int] | None = None
 
@@ -212,6 +238,9 @@ class HostServer:
         """Act on a client's message."""
         match message:
             case wire.Submit():
+                if message.lane == "batch" and connection not in self._batches:
+                    self._batches.add(connection)
+                    connection.hold(self._enough)
                 self._dispatcher.submit(connection, message)
             case wire.Abort():
                 self._dispatcher.abort(connection, message.ids)
@@ -221,7 +250,21 @@ class HostServer:
     def left(self, connection: Connection) -> None:
         """Forget a client and what it asked for."""
         self._connections.discard(connection)
+        self._batches.discard(connection)
         self._dispatcher.leave(connection)
+
+    def _hold_batches(self, enough: bool) -> None:  # noqa: FBT001 - a state, not an option
+        self._enough = enough
+        for connection in self._batches:
+            connection.hold(enough)
+
+    async def see_who_is_gone(self) -> None:
+        """Look after clients that are not read. Runs for ever."""
+        while True:
+            await asyncio.sleep(GLANCE_S)
+            if self._enough:
+                for connection in list(self._batches):
+                    connection.end_if_gone()
 
     async def report_load(self) -> None:
         """Tell all clients how busy the engine is, whenever that has changed. Runs for ever."""
@@ -288,6 +331,12 @@ class HostServer:
             connection.send(message)
 
 
+def _hung_up(link: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(link.fileno(), 0)  # asked for nothing, it still tells of the end
+    return bool(poller.poll(0))
+
+
 def _inode(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
@@ -331,10 +380,11 @@ async def _set_up(engine: Engine) -> None:
 
 async def _until_stopped(server: HostServer, stop: asyncio.Event, hurry: asyncio.Event) -> int:
     reporting = asyncio.ensure_future(server.report_load())
+    glancing = asyncio.ensure_future(server.see_who_is_gone())
     stopping = asyncio.ensure_future(stop.wait())
     ailing = asyncio.ensure_future(server.until_unhealthy())
     await asyncio.wait({stopping, ailing}, return_when=asyncio.FIRST_COMPLETED)
-    for task in (stopping, reporting):
+    for task in (stopping, reporting, glancing):
         task.cancel()
     if ailing.done():
         detail = ailing.result()
@@ -397,6 +447,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--replica", required=True, type=int, help="number of this replica")
     parser.add_argument("--spec", default="-", help="EngineSpec as JSON: a file, or - for stdin")
     parser.add_argument("--max-waiting", type=int, default=HostOptions.max_waiting)
+    parser.add_argument("--max-waiting-bytes", type=int, default=HostOptions.max_waiting_bytes)
     parser.add_argument("--drain-limit-s", type=float, default=HostOptions.drain_limit_s)
     parser.add_argument("--warm-up-limit-s", type=float, default=HostOptions.warm_up_limit_s)
     parser.add_argument("--parent", type=int, help="process id of the parent, to die with it")
@@ -415,6 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             replica=args.replica,
             spec=read_spec(args.spec),
             max_waiting=args.max_waiting,
+            max_waiting_bytes=args.max_waiting_bytes,
             drain_limit_s=args.drain_limit_s,
             warm_up_limit_s=args.warm_up_limit_s,
         )
