@@ -74,11 +74,13 @@ def cut(picture: Pillow.Image, grid: Grid, tiling: Tiling) -> bytes:
     side = tiling.tile_px
     columns, rows = grid
     scaled = picture.resize((columns * side, rows * side), BICUBIC)
+    if grid == (1, 1):
+        return scaled.tobytes()
     tiles = [
         scaled.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
         for row in range(rows)
         for column in range(columns)
     ]
-    if tiling.thumbnail and len(tiles) > 1:
+    if tiling.thumbnail:
         tiles.append(picture.resize((side, side), BICUBIC))
     return b"".join(tile.tobytes() for tile in tiles)
