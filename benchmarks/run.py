@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks import batch, chat, memory, streams
+from benchmarks import batch, chat, image_sets, listing, memory, streams
 from benchmarks.report import Figure, table, write_json
 from benchmarks.scale import QUICK, Scale
 
@@ -26,6 +26,8 @@ BENCHMARKS: dict[str, Callable[[Scale], list[Figure]]] = {
     "chat": chat.measure,
     "streams": streams.measure,
     "memory": memory.measure,
+    "image-sets": image_sets.measure,
+    "listing": listing.measure,
 }
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 
@@ -37,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     scale = QUICK if args.quick else Scale()
     if args.items:
-        scale = msgspec.structs.replace(scale, items=args.items)
+        scale = msgspec.structs.replace(
+            scale, items=args.items, images=args.items, entries=args.items
+        )
     about = {**_about(), "scale": "quick" if args.quick else "full"}
     figures: list[Figure] = []
     for name in args.only or BENCHMARKS:
@@ -76,7 +80,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("--only", action="append", choices=BENCHMARKS, help="may be repeated")
     parser.add_argument("--quick", action="store_true", help="a smoke test of about a minute")
-    parser.add_argument("--items", type=int, help="items of the batch benchmark")
+    parser.add_argument(
+        "--items", type=int, help="items of batch, images of image-sets, entries of listing"
+    )
     return parser.parse_args(arguments)
 
 
