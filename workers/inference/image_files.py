@@ -171,7 +171,9 @@ def _read_regular(descriptor: int, name: str, max_bytes: int) -> bytes:
         raise ImageForbidden(f"{shown(name)} is not a regular file")
     try:
         # One more than allowed: the file may grow after its size was asked.
-        data = b"" if status.st_size > max_bytes else _read(descriptor, status.st_size, max_bytes + 1)
+        data = (
+            b"" if status.st_size > max_bytes else _read(descriptor, status.st_size, max_bytes + 1)
+        )
     except OSError as error:
         raise StorageFailed(f"reading {shown(name)} failed: {error.strerror}") from error
     if max(status.st_size, len(data)) > max_bytes:
