@@ -88,6 +88,10 @@ class BatchClient:
         """Ask for a batch to end early."""
         self._json(self._http.post(f"batches/{batch_id}/cancel"))
 
+    def retry(self, batch_id: str) -> str:
+        """Start a batch of what failed in one that has ended; returns its id."""
+        return str(self._json(self._http.post(f"batches/{batch_id}/retry"))["id"])
+
     def wait(self, batch_id: str, limit_s: float) -> dict[str, Any]:
         """Wait until a batch has ended. Raises: TimeoutError."""
         deadline = time.monotonic() + limit_s

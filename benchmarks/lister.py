@@ -17,6 +17,7 @@ from benchmarks.memory import peak_of
 from shared.leases import CONTROL_LANE, PLAN, Lease, model_lane
 from shared.settings import load_settings
 from shared.stores import Stores
+from workers.app import worker_name
 from workers.inference.control import run_control_unit
 from workers.inference.listing import ListingPaused
 from workers.keeper import Keeper
@@ -28,7 +29,8 @@ _LIMIT_S = 120.0
 def main() -> None:
     """Do the unit to its end."""
     settings, unit = load_settings(Path(sys.argv[1])), sys.argv[2]
-    stores, name = Stores.connect(settings), f"lister-{os.getpid()}"
+    # Named as batch consumers are, so that the node's reaper notices when this one dies.
+    stores, name = Stores.connect(settings), worker_name(settings)
     stores.leases.register(name)
     keeper = Keeper(stores.leases, renew_s=settings.queue.renew_s)
     while True:

@@ -2,7 +2,8 @@
 
 A list of paths is listed by processes that run no chunks (:mod:`benchmarks.lister`), in a node with
 api, Valkey and reaper. One lister is killed with ``kill -9`` in the middle; the next goes on behind
-what was published. Then all is counted, entry by entry, and the batch is cancelled and counted again.
+what was published. All is counted, entry by entry. Then the batch is cancelled, by which every entry
+gets a line that says so, and is resumed as the batch of those lines, which is counted in turn.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ from shared.captions import decode_entry
 from shared.connection import PREFIX
 from shared.leases import FINAL, PLAN
 from shared.manifest import Manifest
-from shared.settings import snapshot
-from shared.storage import write_json
 from tests.running_node import START_LIMIT_S, RunningNode, running_node, wait_for
 
 _ROLES = ["api", "redis", "reaper"]
@@ -43,7 +42,8 @@ class _Story(msgspec.Struct, frozen=True):
     """What happened. Times are in seconds, memory in bytes.
 
     ``killed_at`` entries were published when the first lister was killed, after ``before_kill_s``; the
-    second took ``after_kill_s``, ``reclaimed_s`` after the kill.
+    second took ``after_kill_s``, ``reclaimed_s`` after the kill. ``resumed_s`` is the listing of what was
+    cancelled.
     """
 
     killed_at: int
@@ -51,6 +51,7 @@ class _Story(msgspec.Struct, frozen=True):
     reclaimed_s: float
     after_kill_s: float
     cancelled_s: float
+    resumed_s: float
     lister_before: int
     lister_after: int
     peaks: Peaks
@@ -97,13 +98,20 @@ def _run(node: RunningNode, client: BatchClient, paths: Path, entries: int) -> _
     _done(_lister(node, FINAL))
     batch = client.wait(batch_id, _LIMIT_S)
     cancelled_s = time.perf_counter() - start
-    _check_counts(batch, "cancelled", entries)
+    _check_counts(batch, "cancelled", entries, failed=entries)
+    start = time.perf_counter()
+    resumed_id = client.retry(batch_id)
+    _done(_lister(node, PLAN))
+    resumed_s = time.perf_counter() - start
+    _check_manifest(node.stores.batches.folder(resumed_id), entries)
+    _check_counts(client.batch(resumed_id), "in_progress", entries)
     return _Story(
         killed_at,
         before_kill_s,
         reclaimed_s,
         after_kill_s,
         cancelled_s,
+        resumed_s,
         lister_before,
         lister_after,
         peaks_of(node),
@@ -120,7 +128,8 @@ def _figures(story: _Story, entries: int) -> list[Figure]:
         ("until kill -9", first, "entries/s", None, f"{story.killed_at:,} entries published"),
         ("lease taken back after", story.reclaimed_s, "s", None, ""),
         ("by the next lister", second, "entries/s", None, "with noting the names before"),
-        ("cancelled and counted in", story.cancelled_s, "s", None, ""),
+        ("cancelled", entries / story.cancelled_s, "entries/s", None, "a line for each"),
+        ("resumed", entries / story.resumed_s, "entries/s", None, "counted in its manifest, too"),
         (
             "peak memory of the lister, growth of the second",
             growth,
@@ -151,8 +160,7 @@ def _write_list(path: Path, entries: int) -> None:
 
 
 def _lister(node: RunningNode, unit: str) -> subprocess.Popen[str]:
-    config = node.folder / "lister.json"
-    write_json(config, snapshot(node.settings))
+    config = node.settings.run_dir / "settings.json"  # what the node gives its own programs
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.lister", str(config), unit],
         stdout=subprocess.PIPE,
@@ -189,8 +197,8 @@ def _check_manifest(folder: Path, entries: int) -> None:
     assert expected == entries, f"{expected} entries in place of {entries}"
 
 
-def _check_counts(batch: dict[str, Any], status: str, entries: int) -> None:
+def _check_counts(batch: dict[str, Any], status: str, entries: int, *, failed: int = 0) -> None:
     assert batch["status"] == status, f"the batch is {batch['status']}"
-    counts = {"total": entries, "completed": 0, "failed": 0}
+    counts = {"total": entries, "completed": 0, "failed": failed}
     assert batch["request_counts"] == counts, f"{batch['request_counts']} in place of {counts}"
     assert batch["vlmq"]["listing"] == {"complete": True, "images": entries}

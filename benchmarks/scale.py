@@ -26,6 +26,9 @@ class Scale(msgspec.Struct, frozen=True):
     """Of an image set that is listed and not run."""
 
 
+FULL = Scale(images=1_000_000, entries=10_000_000)
+"""Image sets as large as people have them: three quarters of an hour more."""
+
 QUICK = Scale(
     items=20_000,
     plain_items=1_000,
@@ -35,6 +38,6 @@ QUICK = Scale(
     stream_rounds=1,
     images=5_000,
     side_images=2_000,
-    entries=50_000,
+    entries=200_000,
 )
 """A smoke test of some two minutes; its figures mean little."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 
-MIB = 1024 * 1024
+_MIB = 1024 * 1024
 # From <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_LARGEST_BYTES = 32 * MIB
+_LARGEST_BYTES = 32 * _MIB
 """The most that glibc lets be asked for; larger pieces are given back one by one."""
-_KEPT_BYTES = 64 * MIB
+_KEPT_BYTES = 64 * _MIB
 
 
 def keep_freed_memory() -> None:

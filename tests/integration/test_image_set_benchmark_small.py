@@ -11,7 +11,7 @@ from benchmarks.scale import Scale
 
 pytestmark = pytest.mark.slow
 
-TINY = msgspec.structs.replace(Scale(), images=600, side_images=300, entries=40_000)
+TINY = msgspec.structs.replace(Scale(), images=600, side_images=300, entries=200_000)
 
 
 def by_name(figures: list[Figure]) -> dict[str, Figure]:
