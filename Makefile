@@ -11,7 +11,7 @@
 # PYTHON      the interpreter to build .venv with (3.11 or 3.12); found by itself when not given.
 # GPU_PYTHON  the interpreter of bench-gpu: whichever has lmdeploy (default: python3).
 # TEST_JOBS   files of tests that run at once (default: 2).
-# ARGS        arguments of bench-gpu: make bench-gpu ARGS="--quick --backends turbomind"
+# ARGS        arguments of bench and bench-gpu: make bench-gpu ARGS="--quick --backends turbomind"
 # TORCH_ARGS  more arguments for `pip install torch`. The default index may serve a CUDA build of
 #             several gigabytes; PyTorch's own index has the small CPU build:
 #               make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
@@ -43,7 +43,7 @@ test: lint
 	@$(BIN)/python -m pytest -q -m "not gpu" -n $(TEST_JOBS) --dist loadfile
 
 bench: $(READY)
-	@$(BIN)/python -m benchmarks.run
+	@$(BIN)/python -m benchmarks.run $(ARGS)
 
 # Not in .venv, which has the CPU build of torch: lmdeploy cannot share an environment with it.
 bench-gpu:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import httpx
 
 TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
 _POLL_S = 0.05
 _TIMEOUT = httpx.Timeout(600)
+
+
+class Page(NamedTuple):
+    """Some result lines, the cursor behind them, and whether there will be no more."""
+
+    lines: bytes
+    next_after: str
+    complete: bool
 
 
 class BatchClient:
@@ -48,6 +56,30 @@ class BatchClient:
         }
         return str(self._json(self._http.post("batches", json=body))["id"])
 
+    def caption(self, images: Path, model: str, prompt: str) -> str:
+        """Start captioning an image set of the server, with the quality gate; returns the batch's id."""
+        body = {"model": model, "images": str(images), "prompt": prompt, "quality": {}}
+        return str(self._json(self._http.post("captions", json=body))["id"])
+
+    def results(self, batch_id: str, after: str, limit: int) -> Page:
+        """Some lines behind a cursor, of a batch that may still run."""
+        query = {"after": after, "limit": limit}
+        response = self._http.get(f"batches/{batch_id}/results", params=query)
+        if response.is_error:
+            raise AssertionError(f"HTTP {response.status_code}: {response.text}")
+        return Page(
+            response.content,
+            response.headers["vlmq-next-after"],
+            complete=response.headers["vlmq-complete"] == "true",
+        )
+
+    def provenance(self, batch_id: str) -> list[dict[str, Any]]:
+        """What the answers came of."""
+        found: list[dict[str, Any]] = self._json(self._http.get(f"batches/{batch_id}/provenance"))[
+            "data"
+        ]
+        return found
+
     def batch(self, batch_id: str) -> dict[str, Any]:
         """The batch as it is now."""
         return self._json(self._http.get(f"batches/{batch_id}"))
@@ -55,6 +87,10 @@ class BatchClient:
     def cancel(self, batch_id: str) -> None:
         """Ask for a batch to end early."""
         self._json(self._http.post(f"batches/{batch_id}/cancel"))
+
+    def retry(self, batch_id: str) -> str:
+        """Start a batch of what failed in one that has ended; returns its id."""
+        return str(self._json(self._http.post(f"batches/{batch_id}/retry"))["id"])
 
     def wait(self, batch_id: str, limit_s: float) -> dict[str, Any]:
         """Wait until a batch has ended. Raises: TimeoutError."""

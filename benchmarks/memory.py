@@ -26,8 +26,8 @@ _GROWTH = Target("<=", 10)
 _REDIS = Target("<", 16)
 
 
-class _Peaks(msgspec.Struct, frozen=True):
-    """In bytes."""
+class Peaks(msgspec.Struct, frozen=True):
+    """The most memory that a node took, in bytes."""
 
     by_role: dict[str, int]
     redis_used: int
@@ -56,7 +56,7 @@ def measure(scale: Scale) -> list[Figure]:
     return figures
 
 
-def _peaks(items: int) -> _Peaks:
+def _peaks(items: int) -> Peaks:
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-") as name,
         echo_node() as node,
@@ -66,7 +66,20 @@ def _peaks(items: int) -> _Peaks:
         source = Path(name) / "input.jsonl"
         write_input(source, items)
         run_to_end(client, client.upload(source), _LIMIT_S)
-        return _Peaks(_by_role(node), int(node.stores.redis.info("memory")["used_memory_peak"]))
+        return peaks_of(node)
+
+
+def peaks_of(node: RunningNode) -> Peaks:
+    """The peaks until now."""
+    return Peaks(_by_role(node), int(node.stores.redis.info("memory")["used_memory_peak"]))
+
+
+def peak_of(pid: int) -> int:
+    """The most memory that a process held at a time, in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"process {pid} has no memory of its own")
 
 
 def _by_role(node: RunningNode) -> dict[str, int]:
@@ -75,12 +88,5 @@ def _by_role(node: RunningNode) -> dict[str, int]:
     roles = {pid: role_of(pid) for pid in [node.process.pid, *node.pids()]}
     for pid, role in roles.items():
         name = f"{role} child" if roles.get(parent_of(pid)) == role else role
-        peaks[name] = max(peaks.get(name, 0), _peak(pid))
+        peaks[name] = max(peaks.get(name, 0), peak_of(pid))
     return peaks
-
-
-def _peak(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"process {pid} has no memory of its own")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from benchmarks.http_batches import BatchClient, run_to_end
 from benchmarks.items import MODEL, write_input
@@ -18,6 +19,15 @@ def echo_node(**options: float) -> AbstractContextManager[RunningNode]:
     """A fresh node with default settings; ``options`` are the echo engine's (delays, seconds)."""
     serve = {"model": MODEL, "engine": "echo", "max_running": MAX_RUNNING, "options": options}
     return running_node(models=(serve,))
+
+
+def image_node(
+    roots: Path, tile_px: int, **sections: dict[str, Any]
+) -> AbstractContextManager[RunningNode]:
+    """A fresh node that reads images below ``roots`` and cuts each into one tile of so many pixels."""
+    options = {"tiling": {"tile_px": tile_px}}
+    serve = {"model": MODEL, "engine": "echo", "max_running": MAX_RUNNING, "options": options}
+    return running_node(models=(serve,), images={"roots": [str(roots)]}, **sections)
 
 
 def warm_up(client: BatchClient, folder: Path) -> None:

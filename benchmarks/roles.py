@@ -11,6 +11,7 @@ _ROLES = {
     "workers.reaper": "reaper",
     "workers.consumer batch": "batch consumer",
     "workers.consumer chat": "chat consumer",
+    "workers.consumer finetune": "fine-tune consumer",
     "api.server": "api",
     "workers.node": "node",
 }

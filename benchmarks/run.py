@@ -1,4 +1,4 @@
-"""Every benchmark, in one command: ``python -m benchmarks.run [--only NAME] [--quick]``.
+"""Every benchmark, in one command: ``python -m benchmarks.run [--only NAME] [--quick | --full]``.
 
 Prints a table of figures with their targets and writes ``benchmarks/results/latest.json``. The
 exit status is 1 if a target was missed. What is measured and how: docs/benchmarks.md.
@@ -17,15 +17,17 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks import batch, chat, memory, streams
+from benchmarks import batch, chat, image_sets, listing, memory, streams
 from benchmarks.report import Figure, table, write_json
-from benchmarks.scale import QUICK, Scale
+from benchmarks.scale import FULL, QUICK, Scale
 
 BENCHMARKS: dict[str, Callable[[Scale], list[Figure]]] = {
     "batch": batch.measure,
     "chat": chat.measure,
     "streams": streams.measure,
     "memory": memory.measure,
+    "image-sets": image_sets.measure,
+    "listing": listing.measure,
 }
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 
@@ -35,10 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
     # So that every node and worker is ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    scale = QUICK if args.quick else Scale()
+    scale = QUICK if args.quick else FULL if args.full else Scale()
     if args.items:
-        scale = msgspec.structs.replace(scale, items=args.items)
-    about = {**_about(), "scale": "quick" if args.quick else "full"}
+        scale = msgspec.structs.replace(
+            scale, items=args.items, images=args.items, entries=args.items
+        )
+    about = {**_about(), "scale": "quick" if args.quick else "full" if args.full else "usual"}
     figures: list[Figure] = []
     for name in args.only or BENCHMARKS:
         figures += _measured(name, scale)
@@ -75,8 +79,12 @@ def _load() -> str:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("--only", action="append", choices=BENCHMARKS, help="may be repeated")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of about a minute")
-    parser.add_argument("--items", type=int, help="items of the batch benchmark")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a smoke test of two minutes")
+    size.add_argument("--full", action="store_true", help="a million images, ten million entries")
+    parser.add_argument(
+        "--items", type=int, help="items of batch, images of image-sets, entries of listing"
+    )
     return parser.parse_args(arguments)
 
 

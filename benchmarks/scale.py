@@ -18,7 +18,16 @@ class Scale(msgspec.Struct, frozen=True):
     """Batches of ``items`` that saturate the node while chats are measured."""
     streams: int = 200
     stream_rounds: int = 3
+    images: int = 50_000
+    """Files of the folder, and members of the tar."""
+    side_images: int = 20_000
+    """The same for the rows with larger and smaller tiles."""
+    entries: int = 1_000_000
+    """Of an image set that is listed and not run."""
 
+
+FULL = Scale(images=1_000_000, entries=10_000_000)
+"""Image sets as large as people have them: three quarters of an hour more."""
 
 QUICK = Scale(
     items=20_000,
@@ -27,5 +36,8 @@ QUICK = Scale(
     memory_items=(10_000, 100_000),
     chat_samples=50,
     stream_rounds=1,
+    images=5_000,
+    side_images=2_000,
+    entries=200_000,
 )
-"""A smoke test of about a minute; its figures mean little."""
+"""A smoke test of some two minutes; its figures mean little."""

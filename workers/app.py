@@ -26,6 +26,7 @@ from shared.queue import FINETUNE_QUEUE, make_celery
 from shared.settings import Settings
 from workers.batch_worker import BatchWorker
 from workers.finetune_worker import FinetuneWorker, threads_of
+from workers.heap import keep_freed_memory
 from workers.inference.chat import ChatWorker
 from workers.placement import count_batch_processes
 from workers.subscriptions import Subscriber, Wanted
@@ -76,6 +77,7 @@ def run_batch_consumer(settings: Settings) -> None:
         # What was imported is never garbage, and chunks make millions of short-lived objects.
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
+        keep_freed_memory()
         worker[:] = [
             BatchWorker(
                 settings,

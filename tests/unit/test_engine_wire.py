@@ -54,6 +54,32 @@ def test_messages_survive_any_cutting_of_the_stream(sizes: list[int]) -> None:
         assert out == kinds
 
 
+@given(st.lists(st.integers(1, 5000), max_size=60), st.lists(st.integers(0, 400_000), max_size=4))
+def test_messages_survive_any_filling_of_the_room(sizes: list[int], images: list[int]) -> None:
+    """As a socket puts bytes where it is told to; the room grows with frames that do not fit it."""
+    asked = [
+        wire.Submit([Prompt(0, [], Sampling(), [Image(bytes([n]) * size)])], "whole", "batch")
+        for n, size in enumerate(images)
+    ]
+    stream = memoryview(b"".join(map(wire.encode, [wire.Ping(), *asked, wire.Abort([3])])))
+    frames, out = wire.frames_to_host(), list[object]()
+    for size in [*sizes, *[60_000] * (len(stream) // 60_000 + 1)]:
+        room = frames.room()
+        taken = min(size, len(room), len(stream))
+        room[:taken] = stream[:taken]
+        stream = stream[taken:]
+        if taken:
+            out += frames.arrived(taken)
+    assert out == [wire.Ping(), *asked, wire.Abort([3])]
+
+
+def test_who_only_claims_to_send_much_gets_little_room() -> None:
+    """A frame's length is said by the other side; memory is for what came."""
+    frames = wire.frames_to_host()
+    assert frames.feed(struct.pack(">I", wire.MAX_FRAME_BYTES) + bytes(1000)) == []
+    assert len(frames.room()) < 1 << 20
+
+
 @pytest.mark.parametrize(
     "rubbish",
     [

@@ -275,6 +275,15 @@ def test_a_device_under_a_root_is_refused() -> None:
         ImageRoots((Path("/dev"),), 1000).read("/dev/zero")
 
 
+def test_a_file_that_holds_more_than_it_says_is_read_to_its_end() -> None:
+    """As one that grows meanwhile; those of /proc say that they hold nothing."""
+    proc = Path("/proc/version")
+    assert proc.stat().st_size == 0
+    assert ImageRoots((Path("/proc"),), 10_000).read(str(proc)) == proc.read_bytes()
+    with pytest.raises(ImageTooLarge):
+        ImageRoots((Path("/proc"),), 20).read(str(proc))
+
+
 def test_a_large_file_is_refused_by_its_size(root: Path) -> None:
     """A sparse terabyte costs nothing."""
     with (root / "huge.jpg").open("wb") as file:

@@ -29,6 +29,7 @@ from shared.errors import (
 MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO})
 SHOWN_CHARACTERS = 200
+_READ_BYTES = 1 << 20
 
 
 def shown(text: str) -> str:
@@ -180,13 +181,25 @@ def _read_regular(descriptor: int, name: str, max_bytes: int) -> bytes:
     if not stat.S_ISREG(status.st_mode):
         raise ImageForbidden(f"{shown(name)} is not a regular file")
     try:
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            # One more than allowed: the file may grow after its size was asked.
-            data = b"" if status.st_size > max_bytes else file.read(max_bytes + 1)
+        # One more than allowed: the file may grow after its size was asked.
+        data = (
+            b"" if status.st_size > max_bytes else _read(descriptor, status.st_size, max_bytes + 1)
+        )
     except OSError as error:
         raise StorageFailed(f"reading {shown(name)} failed: {error.strerror}") from error
     if max(status.st_size, len(data)) > max_bytes:
         raise ImageTooLarge(
             f"{shown(name)} has more than the {max_bytes:,} bytes this server accepts for an image"
         )
+    return data
+
+
+def _read(descriptor: int, expected: int, limit: int) -> bytes:
+    """What an open file holds, up to ``limit`` bytes; quickest if it has ``expected``.
+
+    A buffered file would ask for room of ``limit`` first, which takes longer than reading a small one.
+    """
+    data = os.read(descriptor, min(expected + 1, limit))
+    while len(data) < limit and (more := os.read(descriptor, min(_READ_BYTES, limit - len(data)))):
+        data += more
     return data

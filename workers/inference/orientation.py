@@ -37,13 +37,18 @@ def orientation_of(picture: Pillow.Image) -> int:
     return found if isinstance(found, int) and found in _TURNS else _UPRIGHT
 
 
-def upright(picture: Pillow.Image) -> Pillow.Image:
-    """The picture as it is to be looked at; the same object if it is upright already."""
-    turn = _TURNS.get(orientation_of(picture))
+def upright(picture: Pillow.Image, orientation: int | None = None) -> Pillow.Image:
+    """The picture as it is to be looked at; the same object if it is upright already.
+
+    ``orientation`` is the picture's, for who has asked already.
+    """
+    turn = _TURNS.get(orientation_of(picture) if orientation is None else orientation)
     return picture if turn is None else picture.transpose(turn)
 
 
-def upright_size(picture: Pillow.Image) -> tuple[int, int]:
-    """Width and height, in pixels, once it is upright."""
+def upright_size(picture: Pillow.Image, orientation: int | None = None) -> tuple[int, int]:
+    """Width and height, in pixels, once it is upright; ``orientation`` as for ``upright``."""
     width, height = picture.size
-    return (height, width) if orientation_of(picture) in _SIDEWAYS else (width, height)
+    if (orientation_of(picture) if orientation is None else orientation) in _SIDEWAYS:
+        return height, width
+    return width, height

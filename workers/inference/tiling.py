@@ -74,11 +74,25 @@ def cut(picture: Pillow.Image, grid: Grid, tiling: Tiling) -> bytes:
     side = tiling.tile_px
     columns, rows = grid
     scaled = picture.resize((columns * side, rows * side), BICUBIC)
+    if grid == (1, 1):
+        return _pixels(scaled)
     tiles = [
         scaled.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
         for row in range(rows)
         for column in range(columns)
     ]
-    if tiling.thumbnail and len(tiles) > 1:
+    if tiling.thumbnail:
         tiles.append(picture.resize((side, side), BICUBIC))
-    return b"".join(tile.tobytes() for tile in tiles)
+    return b"".join(map(_pixels, tiles))
+
+
+def _pixels(picture: Pillow.Image) -> bytes:
+    """What ``tobytes`` gives, in one piece; that asks for blocks of 64 KiB and joins them."""
+    width, height = picture.size
+    encoder = Pillow._getencoder("RGB", "raw", "RGB")  # noqa: SLF001 - there is no public way
+    encoder.setimage(picture.im, (0, 0, width, height))
+    _, state, data = encoder.encode(width * height * 3)
+    encoder.cleanup()
+    if state < 0:
+        raise RuntimeError(f"the pixels of a tile cannot be had: {state}")
+    return bytes(data)

@@ -82,7 +82,7 @@ class HostOptions:
     warm_up_limit_s: float = 300.0
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One client. Answers of one turn of the event loop share a frame."""
 
     def __init__(self, server: HostServer) -> None:
@@ -100,10 +100,15 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._server.joined(self)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where what comes is put: tiles are large, and would be copied once more."""
+        del sizehint
+        return self._frames.room()
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Act on what came; a client that breaks the protocol is cut off, alone."""
         try:
-            for message in self._frames.feed(data):
+            for message in self._frames.arrived(nbytes):
                 self._server.received(self, message)
         except wire.MalformedFrame as error:
             self._drop(error.message)

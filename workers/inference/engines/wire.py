@@ -25,6 +25,10 @@ MAX_FRAME_BYTES = 256 * 1024 * 1024
 TARGET_FRAME_BYTES = 8 * 1024 * 1024
 """Prompts with images are cut into frames of about this size, so that no frame blocks for long."""
 
+_ROOM_BYTES = 256 * 1024
+"""At least so many bytes can come at a time."""
+_KEPT_BYTES = 16 * 1024 * 1024
+"""A larger buffer is given back when no frame needs it."""
 _MAX_SOCKET_PATH = 107
 _LENGTH = struct.Struct(">I")
 
@@ -128,31 +132,70 @@ class Frames(Generic[M]):
     def __init__(self, decoder: msgspec.msgpack.Decoder[M]) -> None:
         self._decoder = decoder
         self._buffer = bytearray()
+        self._start = self._end = 0
+        """Where in the buffer is what came and was not decoded."""
+        self._wanted = 0
+        """The length of the frame that has begun, if that is known."""
 
     def feed(self, data: bytes | memoryview) -> list[M]:
         """Take the bytes that came and return the messages that are complete now.
 
         Raises: MalformedFrame; the stream cannot be used after it.
         """
-        self._buffer += data
+        with memoryview(data) as rest:
+            messages: list[M] = []
+            taken = 0
+            while taken < len(rest):
+                room = self.room()
+                count = min(len(room), len(rest) - taken)
+                room[:count] = rest[taken : taken + count]
+                taken += count
+                messages += self.arrived(count)
+            return messages
+
+    def room(self) -> memoryview:
+        """Where the next bytes are to be put, some or all of it; :meth:`arrived` says how many were.
+
+        So that they are not copied once more.
+        """
+        if self._start:
+            # What is left of the last bytes is the begin of a frame, mostly a short one.
+            left = self._end - self._start
+            self._buffer[:left] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, left
+        # Who claims a large frame gets the room for it as the bytes come.
+        needed = self._end + max(_ROOM_BYTES, min(self._wanted - self._end, self._end))
+        if len(self._buffer) < needed or len(self._buffer) > max(needed, _KEPT_BYTES):
+            larger = bytearray(needed)
+            larger[: self._end] = memoryview(self._buffer)[: self._end]
+            self._buffer = larger
+        return memoryview(self._buffer)[self._end :]
+
+    def arrived(self, count: int) -> list[M]:
+        """So many bytes are in the room that was given; returns as ``feed``. Raises: MalformedFrame."""
+        self._end += count
         messages: list[M] = []
-        start = 0
         with memoryview(self._buffer) as view:
-            while (end := self._frame_end(start)) is not None:
-                messages.append(self._decode(view[start + _LENGTH.size : end]))
-                start = end
-        if start:
-            del self._buffer[:start]
+            while (end := self._frame_end()) is not None:
+                body = view[self._start + _LENGTH.size : end]
+                self._start = end
+                messages.append(self._decode(body))
+        if self._start == self._end:
+            self._start = self._end = 0
         return messages
 
-    def _frame_end(self, start: int) -> int | None:
-        if len(self._buffer) - start < _LENGTH.size:
+    def _frame_end(self) -> int | None:
+        self._wanted = 0
+        if self._end - self._start < _LENGTH.size:
             return None
-        (size,) = _LENGTH.unpack_from(self._buffer, start)
+        (size,) = _LENGTH.unpack_from(self._buffer, self._start)
         if size > MAX_FRAME_BYTES:
             raise MalformedFrame(f"a frame claims {size} bytes, more than {MAX_FRAME_BYTES}")
-        end = start + _LENGTH.size + int(size)
-        return end if end <= len(self._buffer) else None
+        length = _LENGTH.size + int(size)
+        if self._start + length <= self._end:
+            return self._start + length
+        self._wanted = length
+        return None
 
     def _decode(self, body: memoryview) -> M:
         try:
