@@ -328,6 +328,10 @@ def _finish(client: Client, found: Json, *, as_json: bool) -> None:
     note(
         f"done: {counts(found)}. Read it: vlmq batch results {found['id']} -o answers.jsonl{errors}"
     )
+    if words.is_caption_job(found):
+        note(
+            f"for other tools: vlmq batch export {found['id']} --format parquet -o captions.parquet"
+        )
 
 
 def _explain_problems(found: Json) -> None:
