@@ -12,12 +12,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-from transformers import AutoModel, LlamaTokenizerFast, set_seed
-
-from workers.inference.internvl.config import ModelConfig, to_json
+from workers.inference.internvl.checkpoint import write_weights
+from workers.inference.internvl.config import to_json
 from workers.inference.internvl.export import CODE_FILES
 from workers.inference.internvl.synthesis import TINY
+from workers.inference.internvl.vision_ops import provide_vision_ops
 
 LAYERS, HIDDEN, HEADS, KEY_HEADS, INTERMEDIATE, VOCABULARY = 3, 64, 4, 2, 128, 416
 SYSTEM_PROMPT = "You are an AI assistant whose name is Phi-3."
@@ -32,7 +31,7 @@ _AUTO_MAP = {
 _TEXTS = [SYSTEM_PROMPT, "What is it? A red circle left of a blue square."] * 20
 
 
-def write_phi3(folder: Path, *, fast_tokenizer: bool = False, config: ModelConfig = TINY) -> Path:
+def write_phi3(folder: Path, *, fast_tokenizer: bool = False) -> Path:
     """Write the checkpoint, code and all, into the new folder; returns it."""
     folder.mkdir(parents=True)
     for name in CODE_FILES:
@@ -40,27 +39,28 @@ def write_phi3(folder: Path, *, fast_tokenizer: bool = False, config: ModelConfi
     for name in _OWN_CODE:
         shutil.copyfile(Path(__file__).parent / name, folder / name)
     _write_tokenizer(folder, fast=fast_tokenizer)
-    _write(folder / "config.json", _config(config))
+    _write(folder / "config.json", _config())
     _write(folder / "generation_config.json", {"eos_token_id": _marks()["<|end|>"]})
     _write(folder / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"})
-    set_seed(1)
-    described = {path.name: path.read_bytes() for path in folder.iterdir()}
-    config_class = _configuration(folder)
-    model = AutoModel.from_config(config_class, trust_remote_code=True)
-    model.bfloat16().save_pretrained(folder)
-    for name, content in described.items():
-        (folder / name).write_bytes(content)
+    _write_weights(folder)
     return folder
 
 
-def _configuration(folder: Path) -> Any:
-    from transformers import AutoConfig
+def _write_weights(folder: Path) -> None:
+    provide_vision_ops()
+    import torch
+    from transformers import AutoConfig, AutoModel
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModel.from_config(config, trust_remote_code=True)
+    weights = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    write_weights(folder, weights)
 
 
-def _config(config: ModelConfig) -> dict[str, Any]:
-    described = to_json(config, {"bos": 1, "eos": 2, "pad": 2})
+def _config() -> dict[str, Any]:
+    described = to_json(TINY, {"bos": 1, "eos": 2, "pad": 2})
     language = {
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
@@ -94,6 +94,8 @@ def _marks() -> dict[str, int]:
 
 
 def _write_tokenizer(folder: Path, *, fast: bool) -> None:
+    import sentencepiece
+
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_TEXTS),
@@ -132,9 +134,10 @@ def _write_tokenizer(folder: Path, *, fast: bool) -> None:
         },
     )
     if fast:
-        LlamaTokenizerFast.from_pretrained(folder).backend_tokenizer.save(
-            str(folder / "tokenizer.json")
-        )
+        from transformers import LlamaTokenizerFast
+
+        tokenizer = LlamaTokenizerFast.from_pretrained(folder)
+        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def _added(name: str) -> dict[str, Any]:

@@ -20,7 +20,13 @@ from workers.inference.image_sources import ImageReader
 from workers.training.batch_rows import BatchFiles
 from workers.training.data_report import DataReport
 from workers.training.dataset import Inputs, Limits, prepare
-from workers.training.row_lengths import CountTokens, Family, RowLengths, TokenRules
+from workers.training.row_lengths import (
+    CountTokens,
+    Family,
+    RowLengths,
+    TokenRules,
+    controls_of,
+)
 
 _FAMILIES: dict[str, Family] = {
     "InternLM2ForCausalLM": "internlm2",
@@ -35,7 +41,8 @@ def prepare_job(
 
     Raises: as ``dataset.prepare``; CheckpointInvalid if the base cannot be tuned.
     """
-    lengths = RowLengths(token_rules(base), token_counter(base))
+    rules = token_rules(base)
+    lengths = RowLengths(rules, token_counter(base, rules.family))
     with opened_inputs(spec, stores) as inputs:
         return prepare(
             stores.layout.finetune_dir(spec.id),
@@ -182,14 +189,24 @@ def token_rules(base: Path) -> TokenRules:
     return rules
 
 
-def token_counter(base: Path) -> CountTokens | None:
-    """Counts tokens as the base does, or ``None`` where its tokenizer cannot be read here."""
+def token_counter(base: Path, family: Family) -> CountTokens | None:
+    """Counts tokens as the base does, or ``None`` where its tokenizer cannot be read here.
+
+    A ``tokenizer.json`` without the family's control tokens is one that other files add to.
+    """
+    path = base / "tokenizer.json"
+    if not path.is_file():
+        return None
     try:
-        from workers.inference.internvl.tokenizer import FastVocabulary, TokenizerInvalid
+        from tokenizers import Tokenizer
     except ImportError:
         return None
     try:
-        vocabulary = FastVocabulary.read(base)
-    except TokenizerInvalid:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception:  # noqa: BLE001 - the library raises nothing narrower
         return None
-    return lambda text: len(vocabulary.encode(text))
+    if any(tokenizer.token_to_id(name) is None for name in controls_of(family)):
+        return None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
