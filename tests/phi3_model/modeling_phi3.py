@@ -146,3 +146,9 @@ class Phi3ForCausalLM(native.Phi3ForCausalLM):  # type: ignore[misc]
         super().__init__(config)
         self.model = Phi3Model(config)
         self.post_init()
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """Logits in float32, as the published code gives them; transformers' are in bfloat16."""
+        out = super().forward(*given, **named)
+        out.logits = out.logits.float()
+        return out
