@@ -127,7 +127,9 @@ def converted(site: Site, straight: Run) -> Path:
 def test_a_converted_model_has_all_of_its_bases_files_and_tensors(
     site: Site, converted: Path
 ) -> None:
-    assert {path.name for path in site.base.iterdir()} == {path.name for path in converted.iterdir()}
+    assert {path.name for path in site.base.iterdir()} == {
+        path.name for path in converted.iterdir()
+    }
     for path in site.base.iterdir():
         if path.name != "model.safetensors":
             assert (converted / path.name).read_bytes() == path.read_bytes()
@@ -189,9 +191,7 @@ def test_a_converted_model_answers_as_its_base_with_the_adapters(
 ) -> None:
     checkpoint = str(straight.checkpoints()[-1].path)
     folders = [str(site.base), str(converted)]
-    finished = run_command(
-        [sys.executable, "-c", ASK, straight.order.config, checkpoint, *folders]
-    )
+    finished = run_command([sys.executable, "-c", ASK, straight.order.config, checkpoint, *folders])
     assert finished.status == 0, finished.output[-3000:]
     answer = json.loads(finished.output.splitlines()[-1])
     # What is left is the rounding of merged weights to bfloat16.

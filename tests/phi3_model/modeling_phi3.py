@@ -4,9 +4,6 @@ Everything else is transformers'. Classes, attributes and signatures that a repl
 attention relies on are named as in the published code.
 """
 
-# The parameters are those by which transformers calls.
-# ruff: noqa: FBT001, FBT002
-
 from __future__ import annotations
 
 import math

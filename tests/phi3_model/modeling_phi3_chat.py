@@ -40,6 +40,11 @@ class Phi3ChatModel(PreTrainedModel):  # type: ignore[misc]
     def _init_weights(self, module: nn.Module) -> None:
         """Random weights are drawn by the two towers and by torch."""
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings."""
+        out: nn.Module = self.language_model.get_input_embeddings()
+        return out
+
     def extract_feature(self, pixel_values: Tensor) -> Tensor:
         """Tiles ``[n, 3, side, side]`` to ``[n, tokens of a tile, hidden]``."""
         seen = self.vision_model(pixel_values).last_hidden_state[:, 1:]

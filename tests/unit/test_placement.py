@@ -76,7 +76,9 @@ def test_the_number_of_replicas(
         (5, ["0"], 64, 5),
     ],
 )
-def test_a_gpu_is_fed_by_all_cores_and_some_more_processes(said: Any, gpus: list[str], cores: int, expected: int) -> None:
+def test_a_gpu_is_fed_by_all_cores_and_some_more_processes(
+    said: Any, gpus: list[str], cores: int, expected: int
+) -> None:
     """Unless somebody knows better."""
     serve = (entry(gpus=gpus),)
     assert count_batch_processes(NodeSettings(batch_processes=said), serve, cores) == expected

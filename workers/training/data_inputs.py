@@ -190,23 +190,12 @@ def token_rules(base: Path) -> TokenRules:
 
 
 def token_counter(base: Path, family: Family) -> CountTokens | None:
-    """Counts tokens as the base does, or ``None`` where its tokenizer cannot be read here.
-
-    A ``tokenizer.json`` without the family's control tokens is one that other files add to.
-    """
-    path = base / "tokenizer.json"
-    if not path.is_file():
-        return None
+    """Counts tokens as the base does, or ``None`` where its tokenizer cannot be read here."""
     try:
-        from tokenizers import Tokenizer
+        from workers.inference.internvl import tokenizer
     except ImportError:
         return None
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception:  # noqa: BLE001 - the library raises nothing narrower
+        return tokenizer.token_counter(base, controls_of(family))
+    except tokenizer.TokenizerInvalid:
         return None
-    if any(tokenizer.token_to_id(name) is None for name in controls_of(family)):
-        return None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)

@@ -204,7 +204,9 @@ class Stages:
         model = self._spec.model
         refusal = self._answered(lambda: self._stores.presence.refusal(model))
         if refusal is not None:
-            raise Postponed(f"an engine that can serve {model} ({refusal})", delay_s=ENGINES_RETRY_S)
+            raise Postponed(
+                f"an engine that can serve {model} ({refusal})", delay_s=ENGINES_RETRY_S
+            )
 
     def _catch_up(self) -> None:
         """Tell what earlier attempts got done and nobody lived to tell."""
