@@ -216,7 +216,7 @@ def training_node(
             text["finetune"]["python"] = str(interpreter)
             node.config.write_text(json.dumps(text))
         running = Running(node, interpreter)
-        if TINY not in models:
+        if all(model["model"] != BASE for model in models):
             running.stores.models.link(BASE, base, engine="transformers")
         if started:
             start(running)
