@@ -110,9 +110,10 @@ class Presence:
         return next((node.lent[model] for node in self._recent() if model in node.lent), None)
 
     def refusal(self, model: str) -> str | None:
-        """Why no engine of ``model`` is to be had, where every one that was tried has failed. As old."""
-        if self.obtainable(model) or self.lent(model) is not None:
-            return None
+        """Why no engine of ``model`` is to be had, where every one that was tried has failed. As old.
+
+        Also of a model that a request may bring all the same, because it will be tried again.
+        """
         found = [
             (node.node, replica)
             for node in self._recent()
