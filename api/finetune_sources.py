@@ -69,6 +69,13 @@ def _check_model(name: str) -> None:
     if (Path(record.path) / CONFIG).is_file():
         require_tunable(name, Path(record.path))
         require_consent(record)
+    refusal = current.stores().presence.refusal(name)
+    if refusal is not None:
+        raise InvalidValue(
+            f"no engine can serve the model '{name}', so what is tuned from it could be neither "
+            f"compared nor served ({refusal}); have it served first, then create the job",
+            param="model",
+        )
 
 
 def _data(file_id: str, param: str) -> Batch | None:

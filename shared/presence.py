@@ -109,6 +109,22 @@ class Presence:
         """Why no engine of ``model`` is to be had for a while, if one would be otherwise. As old."""
         return next((node.lent[model] for node in self._recent() if model in node.lent), None)
 
+    def refusal(self, model: str) -> str | None:
+        """Why no engine of ``model`` is to be had, where every one that was tried has failed. As old.
+
+        Also of a model that a request may bring all the same, because it will be tried again.
+        """
+        found = [
+            (node.node, replica)
+            for node in self._recent()
+            for replica in node.replicas
+            if replica.model == model
+        ]
+        if not found or any(replica.state != "failed" for _, replica in found):
+            return None
+        node, replica = found[0]
+        return f"node {node} says: {replica.detail}"
+
     def _recent(self) -> list[NodeReport]:
         if time.monotonic() - self._read_at > _CACHE_S:
             self._nodes = self.nodes()

@@ -190,6 +190,7 @@ def training_node(
     *,
     roles: tuple[str, ...] = ("redis", "reaper", "finetune"),
     models: tuple[dict[str, Any], ...] = (TINY,),
+    base: Path = CHECKPOINT,
     real: bool = False,
     started: bool = True,
     **sections: Any,
@@ -201,7 +202,7 @@ def training_node(
     finetune = {"stop_s": 20, **sections.pop("finetune", {})}
     with running_node(
         models=models,
-        checkpoints={BASE: CHECKPOINT},
+        checkpoints={BASE: base},
         start=False,
         queue=QUEUE,
         node={"roles": list(roles), **sections.pop("node", {})},
@@ -215,8 +216,8 @@ def training_node(
             text["finetune"]["python"] = str(interpreter)
             node.config.write_text(json.dumps(text))
         running = Running(node, interpreter)
-        if TINY not in models:
-            running.stores.models.link(BASE, CHECKPOINT, engine="transformers")
+        if all(model["model"] != BASE for model in models):
+            running.stores.models.link(BASE, base, engine="transformers")
         if started:
             start(running)
         yield running

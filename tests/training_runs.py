@@ -32,6 +32,23 @@ from workers.training.saved import SavedCheckpoint, checkpoints
 
 LIMIT_S = 150
 CPU = Hardware(gpus=0, memory_bytes=16 << 30, cores=2, free_disk_bytes=1 << 40)
+_STOCK = """
+import runpy, sys, tempfile
+from pathlib import Path
+from workers.training import surroundings
+
+with tempfile.TemporaryDirectory() as cache:
+    surroundings.prepare_environment(Path(cache))
+    surroundings.single_process_group()
+    surroundings.prepare_imports()
+    surroundings.skip_compiling()
+    import xtuner
+
+    surroundings.attend_without_flash()
+    path = str(Path(xtuner.__file__).parent / "tools/train.py")
+    sys.argv = [path, *sys.argv[1:]]
+    runpy.run_path(path, run_name="__main__")
+"""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -67,6 +84,15 @@ class Run:
     def run(self) -> Finished:
         """Train to whatever end."""
         return run_module("workers.training.trainer", self.path)
+
+    def run_stock(self) -> Finished:
+        """Train by xtuner's own train.py, which knows nothing of this project."""
+        return run_command(
+            [
+                *(sys.executable, "-c", _STOCK, self.order.config, "--seed", "5"),
+                *("--work-dir", self.order.work_dir, "--deepspeed", self.order.deepspeed),
+            ]
+        )
 
     @contextmanager
     def started(self) -> Iterator[subprocess.Popen[bytes]]:

@@ -6,6 +6,7 @@ No worker runs: jobs stay as they are until the test claims them as a worker wou
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 
+from shared.clock import unix_now
 from shared.finetune_store import NewEvent
 from shared.finetunes import FinetuneError, FinetuneState, Progress
 from shared.models import ModelRegistry
+from shared.presence import NodeReport, ReplicaReport
 from shared.stores import Stores
 from tests import stored_batches
 from tests.checkpoints import CONFIG, TUNABLE, write_checkpoint
@@ -177,6 +180,26 @@ def test_what_the_server_chose_is_shown_once_it_has(
         "batch_size": 32,
         "learning_rate_multiplier": 1.0,
     }
+
+
+def test_a_base_that_no_engine_could_load_is_refused_with_the_engines_words(
+    sdk: openai.OpenAI, stores: Stores, rows: str, tmp_path: Path
+) -> None:
+    """It would be trained for hours and then wait for its comparison; another node helps."""
+    stores.models.link("unloved", write_checkpoint(tmp_path / "unloved", TUNABLE))
+    _await(sdk, "unloved")
+    failed = ReplicaReport("unloved", 0, "failed", detail="only InternLM2 is known here")
+    stores.presence.announce(NodeReport("first", unix_now(), [failed]), ttl_s=60)
+    time.sleep(1)  # the server looks twice a second
+    refused = _refused(sdk, rows, model="unloved")
+    assert refused.status_code == 400
+    assert refused.param == "model"
+    assert "node first says: only InternLM2 is known here" in refused.message
+    ready = ReplicaReport("unloved", 0, "ready")
+    stores.presence.announce(NodeReport("second", unix_now(), [ready]), ttl_s=60)
+    wait_for(lambda: stores.presence.refusal("unloved") is None, "the second node", 20)
+    time.sleep(1)
+    assert _create(sdk, rows, model="unloved").status == "validating_files"
 
 
 def test_the_list_is_paged_by_the_sdk(sdk: openai.OpenAI, rows: str) -> None:

@@ -163,12 +163,16 @@ class TestBases:
         rules = token_rules(TINY)
         assert (rules.tiling.tile_px, rules.tiling.max_tiles, rules.family) == (56, 12, "internlm2")
         assert rules.tokens_per_tile == 4
-        count = token_counter(TINY)
+        count = token_counter(TINY, "internlm2")
         assert count is not None
         assert 0 < count("麻婆豆腐") <= len("麻婆豆腐".encode())
 
     def test_a_folder_without_a_tokenizer_file_has_no_counter(self, tmp_path: Path) -> None:
-        assert token_counter(tmp_path) is None
+        assert token_counter(tmp_path, "internlm2") is None
+
+    def test_a_tokenizer_file_without_the_marks_of_the_family_counts_nothing(self) -> None:
+        """Other files of the folder add them; counted without they would be text."""
+        assert token_counter(TINY, "phi3") is None
 
     @pytest.mark.parametrize(
         "change",

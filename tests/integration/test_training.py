@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training_runs import Run, Site, run_command, wait_until
+from tests.training_runs import Run, Site, wait_until
 from workers.inference.internvl.load import load
 from workers.inference.tiny import CHECKPOINT
 from workers.training.orders import TrainerExit, read_verdict
@@ -118,19 +117,7 @@ def test_the_same_configuration_gives_stock_xtuners_losses(site: Site, straight:
     """Stock train.py knows nothing of this project; its data order in the first epoch is the same."""
     stock = site.run({**LORA, "lora_dropout": 0.0, "n_epochs": 1}, micro_batch_size=4)
     ours = site.run({**LORA, "lora_dropout": 0.0, "n_epochs": 1}, micro_batch_size=4)
-    script = (
-        "import runpy, sys; from pathlib import Path; "
-        "from workers.training import surroundings as s; "
-        f"s.prepare_environment(Path({str(site.root)!r})); "
-        "s.single_process_group(); s.prepare_imports(); s.skip_compiling(); import xtuner; "
-        "path = str(Path(xtuner.__file__).parent / 'tools/train.py'); "
-        "sys.argv = [path, *sys.argv[1:]]; runpy.run_path(path, run_name='__main__')"
-    )
-    command = [
-        *(sys.executable, "-c", script, stock.order.config, "--seed", "5"),
-        *("--work-dir", stock.order.work_dir, "--deepspeed", stock.order.deepspeed),
-    ]
-    finished = run_command(command)
+    finished = stock.run_stock()
     assert finished.status == 0, finished.output[-3000:]
     assert ours.run().status == TrainerExit.TRAINED
     (stock.work_dir / "run.json").write_bytes((ours.work_dir / "run.json").read_bytes())

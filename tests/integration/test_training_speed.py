@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.eager_model import add_eager_code
+from tests.phi3_model import write_phi3
 from tests.training_runs import Site
 from workers.inference.internvl.export import export_with_code
 from workers.inference.internvl.vision_ops import provide_vision_ops
@@ -17,7 +18,8 @@ from workers.inference.tiny import CHECKPOINT
 from workers.training.orders import Speed, TrainerExit
 
 provide_vision_ops()
-from transformers import AutoModel  # noqa: E402 - beside a CPU build of torch only now
+# Beside a CPU build of torch only now.
+from transformers import AutoModel, Phi3Config, Phi3ForCausalLM  # noqa: E402
 
 from workers.training.speed import set_checkpointing, use_sdpa  # noqa: E402
 
@@ -39,16 +41,28 @@ def eager(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(eager: Path) -> Any:
     """It in float32, inside of something that has it as ``model``, as xtuner has."""
-    loaded = AutoModel.from_pretrained(eager, trust_remote_code=True, torch_dtype=torch.float32)
+    return loaded(eager)
+
+
+@pytest.fixture
+def phi3(tmp_path: Path) -> Any:
+    """The same of one with Phi-3, whose code attends as the published one."""
+    pytest.importorskip("sentencepiece", reason="needs vlmq[training]")
+    return loaded(write_phi3(tmp_path / "phi3_tiny"))
+
+
+def loaded(folder: Path) -> Any:
     outer = torch.nn.Module()
-    outer.model = loaded.train()
+    outer.model = AutoModel.from_pretrained(
+        folder, trust_remote_code=True, torch_dtype=torch.float32
+    ).train()
     return outer
 
 
 def gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a right-padded batch of two, and what it says about every weight."""
     dice = torch.Generator().manual_seed(3)
-    ids = torch.randint(10, 500, (2, 24), generator=dice)
+    ids = torch.randint(10, 400, (2, 24), generator=dice)
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
     inner = model.model
@@ -71,14 +85,46 @@ def gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def test_pytorchs_attention_gives_the_same_loss_and_gradients(model: Any) -> None:
+    replaced = require_the_same_with_sdpa(model)
+    assert replaced == 5, "three layers of the language model, two of the ViT"
+
+
+def test_so_it_does_with_phi3(phi3: Any) -> None:
+    replaced = require_the_same_with_sdpa(phi3)
+    assert replaced == 3, "three layers of the language model; its ViT attends so already"
+    set_checkpointing(phi3, on=True)
+    assert phi3.model.language_model.is_gradient_checkpointing
+
+
+def test_phi3_that_looks_back_only_so_far_is_left_as_it_is(phi3: Any) -> None:
+    """The window is in the mask, which the replacement does not look at."""
+    for layer in phi3.model.language_model.model.layers:
+        layer.self_attn.config.sliding_window = 16
+    assert use_sdpa(phi3) == 0
+
+
+def test_transformers_own_phi3_is_left_as_it_is() -> None:
+    """Its classes have the same names and another signature, and use PyTorch's attention."""
+    config = Phi3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    native = Phi3ForCausalLM(config)
+    assert use_sdpa(native) == 0
+    native(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+
+
+def require_the_same_with_sdpa(model: Any) -> int:
+    """In how many modules attention was replaced, without a change of the loss or a gradient."""
     set_checkpointing(model, on=False)
     loss, expected = gradients(model)
-    assert use_sdpa(model) == 5, "three layers of the language model, two of the ViT"
+    replaced = use_sdpa(model)
     faster, found = gradients(model)
     torch.testing.assert_close(faster, loss, rtol=1e-5, atol=1e-6)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    return replaced
 
 
 def test_checkpointing_gives_the_same_gradients(model: Any) -> None:

@@ -30,7 +30,7 @@ from shared.errors import (
 )
 from workers.inference.engines.base import EngineSpec, Image, Prompt, Sampling, Tiling, Turn
 from workers.inference.engines.lmdeploy_engine import LmdeployEngine, error_for
-from workers.inference.engines.lmdeploy_loading import check_remote_code
+from workers.inference.engines.lmdeploy_loading import check_remote_code, runs_language_model
 from workers.inference.engines.lmdeploy_options import (
     GpuMemory,
     Options,
@@ -52,6 +52,23 @@ def file_of(width: int = 8, height: int = 8, kind: str = "PNG") -> bytes:
 def prompt_of(*parts: str | int, images: list[Image] | None = None) -> Prompt:
     """A prompt of one user turn."""
     return Prompt(1, [Turn("user", list(parts))], Sampling(), images or [])
+
+
+@pytest.mark.parametrize(
+    ("config", "runs"),
+    [
+        ({"llm_config": {"architectures": ["InternLM2ForCausalLM"]}}, True),
+        ({"llm_config": {"architectures": ["Phi3ForCausalLM"]}}, False),
+        ({"architectures": ["Qwen2ForCausalLM"]}, True),
+        ({"llm_config": {}}, True),
+    ],
+)
+def test_turbomind_takes_an_internvl_by_the_language_model_inside(
+    tmp_path: Path, config: dict[str, Any], runs: bool
+) -> None:
+    """lmdeploy looks at the outer architecture alone, and would choose it for InternVL2-4B."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert runs_language_model(tmp_path, {"InternLM2ForCausalLM", "InternVLChatModel"}) == runs
 
 
 def test_options_have_defaults() -> None:

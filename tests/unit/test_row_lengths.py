@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.datasets import jpeg, prepared, rows_of
+from tests.phi3_model import write_phi3
 from workers.inference.engines.base import Tiling
 from workers.training.data_inputs import token_counter, token_rules
 from workers.training.row_lengths import RowLengths, TokenRules
@@ -28,6 +29,28 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("base") / "base"
     export_with_code(TINY, out)
     return out
+
+
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with Phi-3 and a ``tokenizer.json``."""
+    return written_phi3(tmp_path_factory.mktemp("phi3") / "base", fast_tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def published_phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with Phi-3 and a sentencepiece file alone, as InternVL2-4B is published."""
+    return written_phi3(tmp_path_factory.mktemp("published") / "base", fast_tokenizer=False)
+
+
+def written_phi3(folder: Path, *, fast_tokenizer: bool) -> Path:
+    pytest.importorskip("sentencepiece", reason="needs vlmq[training]")
+    return write_phi3(folder, fast_tokenizer=fast_tokenizer)
+
+
+def lengths_of(base: Path) -> RowLengths:
+    rules = token_rules(base)
+    return RowLengths(rules, token_counter(base, rules.family))
 
 
 def conversation(image: str | None, *texts: str) -> dict[str, Any]:
@@ -55,15 +78,27 @@ prepare_imports()
 from xtuner.dataset.internvl_dataset import InternVL_V1_5_Dataset
 from xtuner.utils.templates import PROMPT_TEMPLATE
 
-base, data = sys.argv[1:]
+base, data, template, end = sys.argv[1:]
 read = InternVL_V1_5_Dataset(
     model_path=base,
-    template=PROMPT_TEMPLATE.internlm2_chat,
+    template=PROMPT_TEMPLATE[template],
     data_paths=f"{data}/train.json",
     image_folders=f"{data}/images",
     max_length=8192,
 )
-context = read.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+context, end = read.tokenizer.convert_tokens_to_ids(["<IMG_CONTEXT>", end])
+
+
+def answers(labels):
+    # The texts that are learned, each with its end.
+    learned, texts = [label for label in labels if label >= 0], []
+    while learned:
+        length = learned.index(end) + 1
+        texts.append(read.tokenizer.decode(learned[:length]))
+        learned = learned[length:]
+    return texts
+
+
 found = []
 for index in range(len(read)):
     item = read.prepare_data(index)  # None where __getitem__ would take another row
@@ -73,7 +108,7 @@ for index in range(len(read)):
             "tokens": len(item["input_ids"]),
             "context": item["input_ids"].count(context),
             "tiles": item["pixel_values"].shape[0],
-            "learned": read.tokenizer.decode([t for t in item["labels"] if t >= 0]),
+            "learned": answers(item["labels"]),
         }
     )
 print(json.dumps({"patch_token": read.patch_token, "rows": found}))
@@ -81,29 +116,47 @@ print(json.dumps({"patch_token": read.patch_token, "rows": found}))
 
 
 @pytest.mark.skipif(find_spec("xtuner") is None, reason="needs vlmq[training]")
-def test_lengths_and_contents_are_those_of_xtuners_dataset(tmp_path: Path, base: Path) -> None:
+@pytest.mark.parametrize(
+    ("which", "template", "end", "exact"),
+    [
+        ("base", "internlm2_chat", "<|im_end|>", True),
+        ("phi3", "phi3_chat", "<|end|>", True),
+        ("published_phi3", "phi3_chat", "<|end|>", False),
+    ],
+)
+def test_lengths_and_contents_are_those_of_xtuners_dataset(
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    which: str,
+    template: str,
+    end: str,
+    exact: bool,
+) -> None:
+    base: Path = request.getfixturevalue(which)
     images = tmp_path / "images"
     images.mkdir()
     (images / "wide.jpg").write_bytes(jpeg(1, (300, 60)))
     (images / "tall.jpg").write_bytes(jpeg(2, (50, 170)))
     (images / "small.png").write_bytes(jpeg(3, (20, 20), format="PNG"))
     (images / "turned.jpg").write_bytes(jpeg(4, (200, 50), exif=orientation(6)))
-    lengths = RowLengths(token_rules(base), token_counter(base))
+    lengths = lengths_of(base)
     report = prepared(tmp_path / "job", ROWS, lengths=lengths, folder=images, held_out_share=0)
     assert report.train == len(ROWS)
-    assert report.exact_tokens
+    assert report.exact_tokens == exact
 
-    command = [sys.executable, "-c", READ_BY_XTUNER, str(base), str(tmp_path / "job" / "data")]
+    data = str(tmp_path / "job" / "data")
+    command = [sys.executable, "-c", READ_BY_XTUNER, str(base), data, template, end]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     read = json.loads(done.stdout.splitlines()[-1])
     rows = rows_of(tmp_path / "job", "train")
     for row, item in zip(rows, read["rows"], strict=True):
         assert item is not None, "xtuner could not open an image that was found good"
-        assert item["tokens"] == abs(row["length"])
+        assert item["tokens"] == abs(row["length"]) if exact else "length" not in row
+        assert item["tokens"] <= report.tokens.max
         assert item["context"] == ("image" in row) * item["tiles"] * read["patch_token"]
         answers = [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"]
-        assert item["learned"] == "".join(f"{text}<|im_end|>" for text in answers)
+        assert item["learned"] == [f"{text}{end}" for text in answers]
     # 200 by 50 pixels that a camera held upright.
     assert rows[-1]["image_wh"] == [50, 200]
 
@@ -116,9 +169,12 @@ def orientation(value: int) -> Any:
     return exif
 
 
-def test_without_a_tokenizer_no_row_is_counted_short(base: Path) -> None:
-    exact = RowLengths(token_rules(base), token_counter(base))
-    upper = RowLengths(token_rules(base))
+@pytest.mark.parametrize("which", ["base", "phi3"])
+def test_without_a_tokenizer_no_row_is_counted_short(
+    request: pytest.FixtureRequest, which: str
+) -> None:
+    base: Path = request.getfixturevalue(which)
+    exact, upper = lengths_of(base), RowLengths(token_rules(base))
     for text in ("a", "Grey 灰色 🍜", "x" * 1000, "\n\n \t"):
         row = Row([Turn("human", text), Turn("gpt", text)], "a.jpg", 0)
         assert upper.tokens(row, (100, 50)) >= exact.tokens(row, (100, 50))

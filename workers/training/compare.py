@@ -174,9 +174,10 @@ class _Asking:
                 return batch
             self._keep_going()
             served = self._stores.presence.obtainable(model)
-            self._tell(None if served else f"a node that serves {model}")
+            refusal = self._stores.presence.refusal(model)
+            self._tell(None if served else f"a node that serves {model}{_quoted(refusal)}")
             if time.monotonic() > self._until:
-                raise ComparisonTimedOut(_too_slow(model, batch, served=served))
+                raise ComparisonTimedOut(_too_slow(model, batch, refusal, served=served))
             time.sleep(POLL_S)
 
     def _read(self, batch: Batch) -> Iterator[tuple[int, _Answer]]:
@@ -266,10 +267,14 @@ def _require_answers(rows: Sequence[ComparedRow]) -> None:
     raise ComparisonFailed(f"the tuned model answered none of {len(rows)} held-out rows ({reason})")
 
 
-def _too_slow(model: str, batch: Batch, *, served: bool) -> str:
+def _quoted(refusal: str | None) -> str:
+    return "" if refusal is None else f" ({refusal})"
+
+
+def _too_slow(model: str, batch: Batch, refusal: str | None, *, served: bool) -> str:
     if not served:
         return (
-            f"no running node serves {model}; serve its base model, then resume the job "
+            f"no running node serves {model}{_quoted(refusal)}; serve its base model, then resume the job "
             "(finetune.compare_wait_s is how long is waited)"
         )
     done = batch.completed + batch.failed

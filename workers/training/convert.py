@@ -53,6 +53,7 @@ def convert(job: ConvertJob) -> None:
         surroundings.prepare_environment(Path(cache))
         surroundings.single_process_group()
         surroundings.prepare_imports()
+        surroundings.attend_without_flash()
         provide_base(base, Path(job.model_path))
         save_merged(job, part)
     complete(part, base)

@@ -25,7 +25,13 @@ from workers.training.batch_rows import BatchFiles
 from workers.training.caption_rows import CaptionBatch, CaptionWishes
 from workers.training.data_report import DataReport
 from workers.training.dataset import GivenRows, Inputs, Limits, prepare
-from workers.training.row_lengths import CountTokens, Family, RowLengths, TokenRules
+from workers.training.row_lengths import (
+    CountTokens,
+    Family,
+    RowLengths,
+    TokenRules,
+    controls_of,
+)
 
 _FAMILIES: dict[str, Family] = {
     "InternLM2ForCausalLM": "internlm2",
@@ -40,7 +46,8 @@ def prepare_job(
 
     Raises: as ``dataset.prepare``; CheckpointInvalid if the base cannot be tuned.
     """
-    lengths = RowLengths(token_rules(base), token_counter(base))
+    rules = token_rules(base)
+    lengths = RowLengths(rules, token_counter(base, rules.family))
     with opened_inputs(spec, stores) as inputs:
         return prepare(
             stores.layout.finetune_dir(spec.id),
@@ -204,14 +211,13 @@ def token_rules(base: Path) -> TokenRules:
     return rules
 
 
-def token_counter(base: Path) -> CountTokens | None:
+def token_counter(base: Path, family: Family) -> CountTokens | None:
     """Counts tokens as the base does, or ``None`` where its tokenizer cannot be read here."""
     try:
-        from workers.inference.internvl.tokenizer import FastVocabulary, TokenizerInvalid
+        from workers.inference.internvl import tokenizer
     except ImportError:
         return None
     try:
-        vocabulary = FastVocabulary.read(base)
-    except TokenizerInvalid:
+        return tokenizer.token_counter(base, controls_of(family))
+    except tokenizer.TokenizerInvalid:
         return None
-    return lambda text: len(vocabulary.encode(text))

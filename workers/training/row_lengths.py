@@ -7,6 +7,7 @@ Source: ``xtuner.dataset.internvl_dataset`` 0.2.0 and its templates.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -14,44 +15,50 @@ import msgspec
 
 from workers.inference.engines.base import Tiling
 from workers.inference.tiling import tile_count
-from workers.training.rows import Row
+from workers.training.rows import CONTROL_TOKENS, Row
 
 CountTokens = Callable[[str], int]
-"""How many tokens plain text takes in the base's tokenizer, none added."""
+"""How many tokens a text takes in the base's tokenizer, each control token in it one; none added."""
 
 Family = Literal["internlm2", "phi3"]
 
+_BEGIN = "<s>"
+_CONTEXT = "<IMG_CONTEXT>"
+_IMAGE = f"<img>{_CONTEXT}</img>"
+_CONTROLS = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
+
 
 class _Layout(msgspec.Struct, frozen=True):
-    """The texts between control tokens, and how many control tokens there are."""
+    """The texts around what a row says, control tokens included."""
 
-    system: tuple[str, ...]
+    system: str
     before_question: str
-    after_question: tuple[str, ...]
-    system_controls: int
-    turn_controls: int
+    after_question: str
+    after_answer: str
 
 
 _LAYOUTS: dict[Family, _Layout] = {
-    # <s><|im_start|>system\n…<|im_end|>, then for each turn
-    # <|im_start|>user\n…<|im_end|><|im_start|>assistant\n…<|im_end|>
     "internlm2": _Layout(
-        system=("system\nYou are an AI assistant whose name is InternLM (书生·浦语).",),
-        before_question="user\n",
-        after_question=("assistant\n",),
-        system_controls=3,
-        turn_controls=4,
+        system=(
+            "<|im_start|>system\nYou are an AI assistant whose name is InternLM (书生·浦语).<|im_end|>"
+        ),
+        before_question="<|im_start|>user\n",
+        after_question="<|im_end|><|im_start|>assistant\n",
+        after_answer="<|im_end|>",
     ),
-    # <s><|system|>\n…<|end|>\n, then for each turn
-    # <|user|>\n…<|end|><|assistant|>\n…<|end|>
     "phi3": _Layout(
-        system=("\nYou are an AI assistant whose name is Phi-3.", "\n"),
-        before_question="\n",
-        after_question=("\n",),
-        system_controls=3,
-        turn_controls=4,
+        system="<|system|>\nYou are an AI assistant whose name is Phi-3.<|end|>\n",
+        before_question="<|user|>\n",
+        after_question="<|end|><|assistant|>\n",
+        after_answer="<|end|>",
     ),
 }
+
+
+def controls_of(family: Family) -> set[str]:
+    """The control tokens that the tokenizer of such a base must know."""
+    layout = _LAYOUTS[family]
+    return set(_CONTROLS.findall(_BEGIN + _IMAGE + "".join(msgspec.structs.astuple(layout))))
 
 
 class TokenRules(msgspec.Struct, frozen=True):
@@ -65,38 +72,34 @@ class TokenRules(msgspec.Struct, frozen=True):
 class RowLengths:
     """Counts the tokens of rows: exactly with ``count_tokens``, else never too few.
 
-    Without a tokenizer every byte of UTF-8 counts as a token, and each text for one more: no
-    tokenizer that can spell any byte needs more.
+    Without a tokenizer every byte of UTF-8 counts as a token, and each text between two control
+    tokens for one more: no tokenizer that can spell any byte needs more.
     """
 
     def __init__(self, rules: TokenRules, count_tokens: CountTokens | None = None) -> None:
-        self.is_exact = count_tokens is not None and rules.family == "internlm2"
+        self.is_exact = count_tokens is not None
         self._rules = rules
         self._count = count_tokens or _most_tokens
         self._layout = _LAYOUTS[rules.family]
-        layout = self._layout
-        self._fixed = layout.system_controls + sum(map(self._count, layout.system))
-        self._per_turn = layout.turn_controls + sum(map(self._count, layout.after_question))
 
     def tokens(self, row: Row, size: tuple[int, int] | None) -> int:
         """All tokens of a row whose image, if any, has this upright width and height."""
-        total = self._fixed
+        layout, total = self._layout, 0
         for index, turn in enumerate(row.turns):
             if turn.role == "gpt":
-                total += self._count(turn.text)
-            elif size is not None and index == row.image_turn:
-                total += self._per_turn + self._with_image(turn.text, size)
-            else:
-                total += self._per_turn + self._count(self._layout.before_question + turn.text)
+                total += self._count(turn.text + layout.after_answer)
+                continue
+            text = turn.text
+            if size is not None and index == row.image_turn:
+                text = f"{_IMAGE}\n{text}" if text else _IMAGE
+                # One of the context tokens is in the text.
+                total += tile_count(*size, self._rules.tiling) * self._rules.tokens_per_tile - 1
+            before = "" if index else _BEGIN + layout.system
+            # As a whole: what a tokenizer makes of a text may depend on the token before it.
+            total += self._count(before + layout.before_question + text + layout.after_question)
         return total
-
-    def _with_image(self, text: str, size: tuple[int, int]) -> int:
-        tiles = tile_count(*size, self._rules.tiling)
-        # One image start and one image end around the context tokens.
-        image = 2 + tiles * self._rules.tokens_per_tile
-        after = self._count("\n" + text) if text else 0
-        return self._count(self._layout.before_question) + image + after
 
 
 def _most_tokens(text: str) -> int:
-    return len(text.encode()) + 1
+    between = _CONTROLS.split(text)
+    return len(between) - 1 + sum(len(part.encode()) + 1 for part in between if part)

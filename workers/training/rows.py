@@ -36,6 +36,7 @@ CONTROL_TOKENS = (
     "<|system|>",
     "<|end|>",
     "<|endoftext|>",
+    *(f"<|placeholder{number}|>" for number in range(1, 7)),
 )
 """Texts that xtuner, or the tokenizers of InternLM2 and Phi-3, take for something else than text."""
 

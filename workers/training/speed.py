@@ -1,6 +1,6 @@
 """Makes a model compute faster without computing anything else.
 
-The published code of InternLM2 and InternViT attends eagerly where flash-attn is not installed: it
+The published code of InternLM2, Phi-3 and InternViT attends eagerly where flash-attn is not installed: it
 keeps a matrix of all pairs of tokens per head. PyTorch's own attention gives the same numbers but
 for rounding. Right-padded batches need no mask under a causal order: padding comes last, so no
 token that counts sees it.
@@ -29,6 +29,7 @@ from workers.training.orders import Speed
 from workers.training.samples import StrictSamples
 
 _LANGUAGE_ATTENTION = frozenset({"InternLM2Attention", "InternLM2FlashAttention2"})
+_PHI3_ATTENTION = frozenset({"Phi3Attention", "Phi3FlashAttention2"})
 _VISION_ATTENTION = "InternAttention"
 _LANGUAGE_DECODER = "InternLM2Model"
 _MASK_MAKERS = ("_prepare_decoder_attention_mask", "_update_causal_mask")
@@ -79,6 +80,8 @@ def use_sdpa(model: nn.Module) -> int:
         name = type(module).__name__
         if name in _LANGUAGE_ATTENTION:
             module.forward = types.MethodType(_language_attention, module)
+        elif name in _PHI3_ATTENTION and _is_published_phi3(module):
+            module.forward = types.MethodType(_phi3_attention, module)
         elif name == _VISION_ATTENTION:
             module.forward = types.MethodType(_vision_attention, module)
         elif name == _LANGUAGE_DECODER:
@@ -139,26 +142,74 @@ def _language_attention(
     **rest: Any,
 ) -> tuple[Tensor, None, None]:
     """``[b, n, hidden]`` to the same shape; for training, so without a past."""
-    if past_key_value is not None or use_cache:
-        raise RuntimeError("attention for training keeps no past; set use_cache to False")
+    _require_no_past(past_key_value, use_cache=use_cache)
     groups = self.wqkv(hidden_states).unflatten(
         -1, (self.num_key_value_heads, self.num_key_value_groups + 2, self.head_dim)
     )
     query = groups[..., :-2, :].flatten(2, 3).transpose(1, 2)
     key = groups[..., -2, :].transpose(1, 2)
     value = groups[..., -1, :].transpose(1, 2)
-    cosine, sine = _angles(self.rotary_emb, value, position_ids)
+    return self.wo(_attend(self, query, key, value, position_ids)), None, None
+
+
+def _is_published_phi3(module: Any) -> bool:
+    """Whether it is of the code that came with InternVL2-4B, and looks back without a limit.
+
+    transformers' own Phi-3 has classes of the same names, which use PyTorch's attention already.
+    """
+    if not hasattr(module, "num_heads") or not hasattr(module, "rotary_emb"):
+        return False
+    config = module.config
+    window = getattr(config, "sliding_window", None)
+    return window is None or window >= config.max_position_embeddings
+
+
+def _phi3_attention(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_value: Any = None,
+    output_attentions: bool = False,
+    use_cache: bool = False,
+    **rest: Any,
+) -> tuple[Tensor, None, None]:
+    """``[b, n, hidden]`` to the same shape; for training, so without a past."""
+    _require_no_past(past_key_value, use_cache=use_cache)
+    heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    query, key, value = heads.split(
+        (self.num_heads, self.num_key_value_heads, self.num_key_value_heads), dim=1
+    )
+    return self.o_proj(_attend(self, query, key, value, position_ids)), None, None
+
+
+def _require_no_past(past: Any, *, use_cache: bool) -> None:
+    if past is not None or use_cache:
+        raise RuntimeError("attention for training keeps no past; set use_cache to False")
+
+
+def _attend(
+    self: Any, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None
+) -> Tensor:
+    """Turn and attend: ``[b, heads, n, d]`` each to ``[b, n, heads * d]``."""
+    cosine, sine = _angles(self.rotary_emb, value, positions)
     # The way of turning is part of the checkpoint's own code.
     rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
-    query, key = rotate(query, key, cosine, sine, position_ids)
+    query, key = rotate(query, key, cosine, sine, positions)
+    dropout = getattr(self, "attention_dropout", 0.0) if self.training else 0.0
     seen = functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=self.num_key_value_groups > 1
+        query,
+        key,
+        value,
+        dropout_p=dropout,
+        is_causal=True,
+        enable_gqa=self.num_key_value_groups > 1,
     )
-    return self.wo(seen.transpose(1, 2).flatten(2)), None, None
+    return seen.transpose(1, 2).flatten(2)
 
 
 def _angles(rotary: nn.Module, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines: of every position in InternVL2-2B's code, of those given in InternLM2.5's."""
+    """Cosines and sines: of every position in InternVL2-2B's code, of those given in others."""
     named = inspect.signature(rotary.forward).parameters
     if "position_ids" in named:
         return rotary(value, positions)  # type: ignore[no-any-return]

@@ -191,12 +191,22 @@ class Stages:
         base = find_base(self._stores, self._spec.model)
         report = find_report(self._folder)
         resume = self._folder.newest()
+        self._require_servable()
         lent = self._take_gpus()
         try:
             process, attempt = self._start(base, report, resume, lent)
         finally:
             lent.close()  # by now the supervisor has them, or nobody needs them
         return attempt.run(process)
+
+    def _require_servable(self) -> None:
+        """Train for nothing that engines have shown they cannot serve. Raises: Postponed."""
+        model = self._spec.model
+        refusal = self._answered(lambda: self._stores.presence.refusal(model))
+        if refusal is not None:
+            raise Postponed(
+                f"an engine that can serve {model} ({refusal})", delay_s=ENGINES_RETRY_S
+            )
 
     def _catch_up(self) -> None:
         """Tell what earlier attempts got done and nobody lived to tell."""

@@ -53,6 +53,19 @@ def prepare_imports() -> None:
     provide_vision_ops()
 
 
+def attend_without_flash() -> None:
+    """Let Phi-3's code choose its attention where flash-attn is not installed.
+
+    xtuner asks it for flash-attn's whether that is there or not, and transformers then refuses to make
+    the model. Published code that looks for itself is left as it is.
+    """
+    from transformers.utils import is_flash_attn_2_available
+    from xtuner.model import internvl
+
+    if not is_flash_attn_2_available():
+        internvl.AutoModel = _AnyAttention
+
+
 def has_gpu() -> bool:
     """Whether torch sees a GPU here."""
     import torch
@@ -83,6 +96,17 @@ def _leave_out(name: str) -> None:
 
     module.__getattr__ = stand_in  # type: ignore[method-assign]
     sys.modules[name] = module
+
+
+class _AnyAttention:
+    """In the place of xtuner's ``AutoModel``."""
+
+    @staticmethod
+    def from_pretrained(path: str, *, config: Any, **given: Any) -> Any:
+        from transformers import AutoModel
+
+        config.llm_config._attn_implementation = None  # noqa: SLF001 - what xtuner has set
+        return AutoModel.from_pretrained(path, config=config, **given)
 
 
 class _LeftOut:

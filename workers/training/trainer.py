@@ -56,6 +56,7 @@ def train(job: TrainerJob) -> None:
 
     from workers.training.takeover import take_over
 
+    surroundings.attend_without_flash()
     take_over(job, stop)
     script = Path(xtuner.__file__).parent / "tools" / "train.py"
     sys.argv = [str(script), *train_arguments(job, on_gpus=on_gpus)]

@@ -12,7 +12,7 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +190,17 @@ def _check_gpus(options: Options) -> None:
         )
 
 
+def runs_language_model(folder: Path, known: Collection[str]) -> bool:
+    """Whether the language model inside an InternVL is among the ``known`` architectures.
+
+    lmdeploy asks for the outer one only, and then fails to load an InternVL2-4B, whose inner one,
+    Phi-3, its PyTorch engine has and TurboMind has not. True for models that are no InternVL.
+    """
+    part = read_description(folder / "config.json").get("llm_config")
+    names = part.get("architectures") if isinstance(part, Mapping) else None
+    return not names or names[0] in known
+
+
 def _in_transformers(model_type: str) -> bool:
     from transformers import CONFIG_MAPPING
 
@@ -244,9 +255,11 @@ def _start_pipeline(spec: EngineSpec, options: Options, path: str) -> Loaded:
 
 def _backend_config(spec: EngineSpec, options: Options, path: str) -> Any:
     from lmdeploy import PytorchEngineConfig, TurbomindEngineConfig, turbomind
-    from lmdeploy.turbomind.supported_models import is_supported
+    from lmdeploy.turbomind.supported_models import SUPPORTED_ARCHS, is_supported
 
-    supported = is_supported(path, trust_remote_code=spec.trust_remote_code)
+    supported = is_supported(path, trust_remote_code=spec.trust_remote_code) and (
+        runs_language_model(Path(path), SUPPORTED_ARCHS)
+    )
     if options.backend == "turbomind" and not supported:
         raise EngineSetupFailed(
             f"TurboMind does not support the model in {path}; use the backend auto or pytorch"

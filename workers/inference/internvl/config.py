@@ -238,7 +238,7 @@ def language_part(raw: Mapping[str, Any]) -> LanguageConfig:
     """Understand ``llm_config``. Raises: ConfigInvalid."""
     if LANGUAGE_ARCHITECTURE not in (raw.get("architectures") or []):
         raise ConfigInvalid(
-            f"the language model is {raw.get('architectures')}; "
+            f"the language model is {' '.join(map(str, raw.get('architectures') or ['none']))}; "
             f"only {LANGUAGE_ARCHITECTURE} is known here"
         )
     if raw.get("tie_word_embeddings"):

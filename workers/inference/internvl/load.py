@@ -71,7 +71,10 @@ def load(
             f"{folder} has no {name}; it is not a complete checkpoint"
         ) from None
     except ConfigInvalid as error:
-        raise EngineSetupFailed(f"{folder}: {error}; link an InternVL2 model") from None
+        raise EngineSetupFailed(
+            f"{folder}: {error}; link an InternVL2 model with InternLM2, or have this one served by "
+            "another engine, such as lmdeploy"
+        ) from None
     except TokenizerInvalid as error:
         raise EngineSetupFailed(
             f"{folder}: {error}; copy the tokenizer files of the model it was made from"

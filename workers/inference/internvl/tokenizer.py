@@ -6,7 +6,7 @@ A checkpoint whose tokenizer is code of its own needs consent and is read by the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -56,14 +56,7 @@ class FastVocabulary:
     @classmethod
     def read(cls, folder: Path) -> FastVocabulary:
         """Read ``folder/tokenizer.json``. Raises: TokenizerInvalid."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise TokenizerInvalid("the folder has no tokenizer.json")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-            raise TokenizerInvalid(f"tokenizer.json cannot be read: {error}") from None
-        vocabulary = cls(tokenizer)
+        vocabulary = cls(_read(folder))
         for token in (template.BEGIN, *LAST_CONTROLS):
             vocabulary.control(token)
         return vocabulary
@@ -82,6 +75,31 @@ class FastVocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, control tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def token_counter(folder: Path, controls: Iterable[str]) -> Callable[[str], int]:
+    """Counts the tokens of texts, each control token spelled in them one; none is added.
+
+    Raises: TokenizerInvalid, also if ``folder/tokenizer.json`` lacks one of ``controls``: then other
+    files of the folder add them, and it alone would take them for text.
+    """
+    tokenizer = _read(folder)
+    for name in controls:
+        if tokenizer.token_to_id(name) is None:
+            raise TokenizerInvalid(f"tokenizer.json has no token {name}")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _read(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise TokenizerInvalid("the folder has no tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise TokenizerInvalid(f"tokenizer.json cannot be read: {error}") from None
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
