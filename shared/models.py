@@ -25,13 +25,18 @@ _CACHE_S = 1.0
 
 
 class ModelDefaults(msgspec.Struct, frozen=True):
-    """Generation parameters for requests that do not say; the usual ones for InternVL2."""
+    """What requests get that do not say; the usual parameters for InternVL2.
+
+    ``system`` is the system message of requests without one; None: what the engine's chat template
+    puts there, if anything.
+    """
 
     max_tokens: int = 1024
     temperature: float = 0.8
     top_p: float = 0.8
     top_k: int = 40
     repetition_penalty: float = 1.0
+    system: str | None = None
 
 
 class ModelSource(msgspec.Struct, frozen=True):

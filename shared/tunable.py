@@ -15,6 +15,11 @@ from shared.models import ModelRecord
 
 ARCHITECTURE = "InternVLChatModel"
 LANGUAGE_MODELS = {"InternLM2ForCausalLM": "InternLM2", "Phi3ForCausalLM": "Phi-3"}
+TRAINED_SYSTEM = {
+    "InternLM2ForCausalLM": "You are an AI assistant whose name is InternLM (书生·浦语).",
+    "Phi3ForCausalLM": "You are an AI assistant whose name is Phi-3.",
+}
+"""The system message that xtuner puts before every row of these families."""
 WHAT_WORKS = (
     "fine-tuning takes InternVL models whose language model is InternLM2 (InternVL2-2B, -8B, -26B) "
     "or Phi-3 (InternVL2-4B)"

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from shared.finetunes import FinetuneState
+from shared.tunable import TRAINED_SYSTEM
 from tests.faults.batches import assert_nothing_left
 from tests.finetunes import OWNER, create, training_node
 from tests.running_node import wait_for
@@ -34,6 +35,7 @@ def test_a_killed_trainer_still_ends_as_a_model_that_answers() -> None:
 
         record = running.stores.models.get(done.fine_tuned_model or "")
         assert (record.base, record.job, record.candidate) == ("tiny", job.id, False)
+        assert record.defaults.system == TRAINED_SYSTEM["InternLM2ForCausalLM"]
         folder = running.stores.finetunes.path(job.id)
         compared = (folder / "comparison.jsonl").read_text().splitlines()
         assert {row["tuned"] is not None for row in map(json.loads, compared)} == {True}

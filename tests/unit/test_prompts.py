@@ -25,10 +25,12 @@ def read(url: str, detail: str) -> Image:
     return Image(url.encode(), "file", 1, 2, detail, len(url))  # type: ignore[arg-type]
 
 
-def build(messages: list[dict[str, Any]], **fields: Any) -> Prompt:
+def build(
+    messages: list[dict[str, Any]], defaults: ModelDefaults = DEFAULTS, **fields: Any
+) -> Prompt:
     """The prompt of a request."""
     body = json.dumps({"model": "m", "messages": messages, **fields}).encode()
-    return build_prompt(5, parse_chat_request(body), DEFAULTS, read, limits=LIMITS)
+    return build_prompt(5, parse_chat_request(body), defaults, read, limits=LIMITS)
 
 
 def part(url: str, **fields: str) -> dict[str, Any]:
@@ -52,6 +54,21 @@ def test_what_is_not_said_is_the_models_default() -> None:
     )
     said = build([user({"type": "text", "text": "x"})], temperature=0, top_k=0, seed=0).sampling
     assert (said.temperature, said.top_k, said.seed) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_models_system_message_stands_where_a_request_has_none(role: str) -> None:
+    """One that was tuned under it answers best under it; whoever says another gets that."""
+    tuned = ModelDefaults(system="You know dishes.")
+    asked = {"role": "user", "content": "x"}
+    assert [turn.role for turn in build([asked]).turns] == ["user"]
+    turns = build([asked], tuned).turns
+    assert [(turn.role, turn.parts) for turn in turns] == [
+        ("system", ["You know dishes."]),
+        ("user", ["x"]),
+    ]
+    turns = build([{"role": role, "content": "Be brief."}, asked], tuned).turns
+    assert [turn.parts for turn in turns] == [["Be brief."], ["x"]]
 
 
 def test_the_new_name_of_the_token_limit_wins() -> None:

@@ -25,7 +25,7 @@ def build_prompt(
     *,
     limits: ImageSettings,
 ) -> Prompt:
-    """Make the prompt of a request.
+    """Make the prompt of a request; one without a system message gets the model's, if it has one.
 
     Raises: ImageError with ``param`` naming the part; InvalidValue for too many images.
     """
@@ -34,6 +34,8 @@ def build_prompt(
         _turn(message, f"messages[{index}]", images, read_image, limits)
         for index, message in enumerate(request.messages)
     ]
+    if defaults.system is not None and turns[0].role != "system":
+        turns.insert(0, Turn("system", [defaults.system]))
     return Prompt(prompt_id, turns, _sampling(request, defaults), images)
 
 

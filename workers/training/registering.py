@@ -6,13 +6,17 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import msgspec
+
 from shared.clock import unix_now
 from shared.errors import ModelNotFound
 from shared.files import FileRecord
 from shared.finetunes import FinetuneSpec
 from shared.ids import derived_id
+from shared.models import ModelDefaults
 from shared.storage import atomic_file, storage_errors
 from shared.stores import Stores
+from shared.tunable import TRAINED_SYSTEM, require_tunable
 from workers.training.job_folder import JobFolder
 
 RESULTS_PURPOSE = "fine-tune-results"
@@ -67,13 +71,23 @@ def _link(stores: Stores, spec: FinetuneSpec, name: str, folder: Path, *, candid
         # The code in the folder is the base's own, copied from there.
         trust_remote_code=base.trust_remote_code,
         owner=spec.owner,
-        defaults=base.defaults,
+        defaults=_defaults(base.defaults, spec, folder),
         replace=True,
         visible_to=spec.owner,
         base=base.name,
         job=spec.id,
         candidate=candidate,
     )
+
+
+def _defaults(base: ModelDefaults, spec: FinetuneSpec, folder: Path) -> ModelDefaults:
+    """The base's, and the system message that the rows were learnt under.
+
+    A configuration of the owner's own may have set another one, so there the base's stays.
+    """
+    if base.system is not None or spec.config_file is not None:
+        return base
+    return msgspec.structs.replace(base, system=TRAINED_SYSTEM[require_tunable(spec.model, folder)])
 
 
 def _publish(stores: Stores, spec: FinetuneSpec, path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from shared.tunable import TRAINED_SYSTEM
 from workers.inference.engines.base import Tiling
 from workers.inference.tiling import tile_count
 from workers.training.rows import CONTROL_TOKENS, Row
@@ -39,15 +40,13 @@ class _Layout(msgspec.Struct, frozen=True):
 
 _LAYOUTS: dict[Family, _Layout] = {
     "internlm2": _Layout(
-        system=(
-            "<|im_start|>system\nYou are an AI assistant whose name is InternLM (书生·浦语).<|im_end|>"
-        ),
+        system=f"<|im_start|>system\n{TRAINED_SYSTEM['InternLM2ForCausalLM']}<|im_end|>",
         before_question="<|im_start|>user\n",
         after_question="<|im_end|><|im_start|>assistant\n",
         after_answer="<|im_end|>",
     ),
     "phi3": _Layout(
-        system="<|system|>\nYou are an AI assistant whose name is Phi-3.<|end|>\n",
+        system=f"<|system|>\n{TRAINED_SYSTEM['Phi3ForCausalLM']}<|end|>\n",
         before_question="<|user|>\n",
         after_question="<|end|><|assistant|>\n",
         after_answer="<|end|>",
