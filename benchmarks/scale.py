@@ -27,7 +27,7 @@ class Scale(msgspec.Struct, frozen=True):
 
 
 FULL = Scale(images=1_000_000, entries=10_000_000)
-"""Image sets as large as people have them: three quarters of an hour more."""
+"""Image sets as large as people have them: about an hour more."""
 
 QUICK = Scale(
     items=20_000,
