@@ -55,7 +55,7 @@ class _Request(msgspec.Struct, eq=False):
     """A prompt under its process-wide id; ``caller`` is None once nobody waits for it.
 
     ``unheard`` is a chat in the engine that has no word yet; ``entered_s`` is of ``time.monotonic``.
-    ``size_bytes`` counts the images.
+    ``size_bytes`` counts the images of a batch prompt; those of chats are not bounded here.
     """
 
     prompt: Prompt
@@ -127,9 +127,9 @@ class Dispatcher:
                 caller.failed(prompt.id, _stopping())
             return
         requests = self._register(caller, message)
-        self._waiting_bytes += _batch_bytes(requests)
+        self._waiting_bytes += _size(requests)
         refused = self._lanes.offer(message.lane, requests)
-        self._waiting_bytes -= _batch_bytes(refused)
+        self._waiting_bytes -= _size(refused)
         for request in refused:
             self._answer(request, EngineBusy())
         self._admit()
@@ -182,13 +182,16 @@ class Dispatcher:
         next_id = self._last_id + 1
         self._last_id += len(message.prompts)
         requests: list[_Request] = []
+        bounded = lane == "batch"
         for engine_id, prompt in enumerate(message.prompts, next_id):
             caller_id = prompt.id
             if caller_id in mine:
                 raise MalformedFrame(f"prompt id {caller_id} is in use on this connection")
             # The prompt was decoded a moment ago and nobody else holds it.
             msgspec.structs.force_setattr(prompt, "id", engine_id)
-            size_bytes = sum(len(image.data) for image in prompt.images)
+            size_bytes = 0
+            if bounded and prompt.images:
+                size_bytes = sum(len(image.data) for image in prompt.images)
             request = _Request(prompt, caller, caller_id, lane, streamed, size_bytes)
             mine[caller_id] = request
             requests.append(request)
@@ -202,7 +205,7 @@ class Dispatcher:
             self._admit_later = loop.call_later(ADMIT_AGAIN_S, self._admit_again)
         if not self._lanes.running:
             self._empty.set()
-        self._waiting_bytes -= _batch_bytes(admitted)
+        self._waiting_bytes -= _size(admitted)
         if admitted:
             self._empty.clear()
             self._begin(admitted)
@@ -299,7 +302,7 @@ class Dispatcher:
 
     def _withdraw(self, unwanted: Callable[[_Request], bool]) -> list[_Request]:
         removed = self._lanes.withdraw(unwanted)
-        self._waiting_bytes -= _batch_bytes(removed)
+        self._waiting_bytes -= _size(removed)
         self._tell_enough()
         return removed
 
@@ -328,8 +331,8 @@ class Dispatcher:
         return task
 
 
-def _batch_bytes(requests: Iterable[_Request]) -> int:
-    return sum(request.size_bytes for request in requests if request.lane == "batch")
+def _size(requests: Iterable[_Request]) -> int:
+    return sum(request.size_bytes for request in requests)
 
 
 def _stopping() -> EngineUnavailable:
