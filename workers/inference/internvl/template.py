@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from shared.tunable import TRAINED_SYSTEM
 from workers.inference.engines.base import Turn
 
-SYSTEM_PROMPT = "You are an AI assistant whose name is InternLM (书生·浦语)."
+SYSTEM_PROMPT = TRAINED_SYSTEM["InternLM2ForCausalLM"]
 
 BEGIN = "<s>"
 END = "</s>"
