@@ -6,7 +6,6 @@ VLMQ_FINETUNE__PYTHON names. The model is InternVL2-2B in full size with random 
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import subprocess
@@ -20,7 +19,10 @@ import httpx
 import pytest
 
 from benchmarks.gpu.nodes import replicas, start
-from benchmarks.gpu.training_data import write_rows
+from benchmarks.gpu.training_data import PHOTO_1024, write_rows
+from benchmarks.gpu.work import MODEL as BASE
+from benchmarks.gpu.work import Work, content_of, item_lines, write_input
+from benchmarks.http_batches import BatchClient
 from shared.errors import QueueUnavailable
 from tests.contract.conftest import has_gpu
 from tests.running_node import RunningNode, running_node, wait_for
@@ -34,8 +36,9 @@ pytestmark = [
     pytest.mark.skipif(not TRAINING_PYTHON, reason="VLMQ_FINETUNE__PYTHON names no interpreter"),
 ]
 
-BASE = "internvl2-2b"
 ROWS = 64
+WORK = Work("1024", "1024x768", PHOTO_1024, detail="low", inline=True)
+NEW_TOKENS = 12
 LOAD_S, TRAIN_S, ANSWER_S = 120.0, 400.0, 120.0
 
 
@@ -57,6 +60,7 @@ class Served:
         self.node = node
         self.photos = photos
         self.http = httpx.Client(base_url=node.base_url, timeout=ANSWER_S)
+        self.batches = BatchClient(node.base_url)
         self._began = time.monotonic()
 
     def say(self, what: str) -> None:
@@ -85,36 +89,17 @@ class Served:
         assert response.is_success, response.text
         return str(response.json()["id"])
 
-    def question(self, model: str, photo: Path) -> dict[str, Any]:
-        """A request about a photo."""
-        url = f"data:image/jpeg;base64,{base64.b64encode(photo.read_bytes()).decode()}"
-        image = {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
-        content = [image, {"type": "text", "text": "图片中的食物通常属于哪个菜系?"}]
-        messages = [{"role": "user", "content": content}]
-        return {"model": model, "messages": messages, "max_tokens": 12, "temperature": 0}
-
     def chat(self, model: str) -> httpx.Response:
-        """Whatever a chat is answered with."""
-        return self.http.post("chat/completions", json=self.question(model, self.photos[0]))
+        """Whatever a chat about a photo is answered with."""
+        messages = [{"role": "user", "content": content_of(self.photos[0], WORK)}]
+        body = {"model": model, "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0}
+        return self.http.post("chat/completions", json=body)
 
     def batch(self, count: int) -> str:
         """A batch about so many photos."""
-        lines = [
-            {
-                "custom_id": f"item-{number}",
-                "method": "POST",
-                "url": "/v1/chat/completions",
-                "body": self.question(BASE, self.photos[number]),
-            }
-            for number in range(count)
-        ]
-        content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
-        body = {
-            "input_file_id": self.upload("batch.jsonl", content, "batch"),
-            "endpoint": "/v1/chat/completions",
-            "completion_window": "24h",
-        }
-        return str(self.post("batches", body)["id"])
+        lines = self.node.folder / "batch.jsonl"
+        write_input(lines, item_lines(self.photos, WORK, count, NEW_TOKENS))
+        return self.batches.submit(self.batches.upload(lines))
 
     def states(self, model: str) -> set[str]:
         """What the replicas of a model are doing."""
@@ -198,12 +183,12 @@ def test_a_gpu_is_lent_to_a_fine_tune_and_what_it_made_answers(
     assert len(compared) == 4
     assert all(json.loads(line)["tuned"] is not None for line in compared)
     asked.wait(
-        lambda: asked.get(f"batches/{batch}")["status"] == "completed",
+        lambda: asked.batches.batch(batch)["status"] == "completed",
         "the batch that waited is completed",
         2 * ANSWER_S,
         job,
     )
-    assert asked.get(f"batches/{batch}")["request_counts"]["completed"] == 16
+    assert asked.batches.batch(batch)["request_counts"]["completed"] == 16
 
     def answers(model: str) -> bool:
         return asked.chat(model).status_code == httpx.codes.OK
