@@ -64,9 +64,7 @@ class BatchClient:
     def results(self, batch_id: str, after: str, limit: int) -> Page:
         """Some lines behind a cursor, of a batch that may still run."""
         query = {"after": after, "limit": limit}
-        response = self._http.get(f"batches/{batch_id}/results", params=query)
-        if response.is_error:
-            raise AssertionError(f"HTTP {response.status_code}: {response.text}")
+        response = _good(self._http.get(f"batches/{batch_id}/results", params=query))
         return Page(
             response.content,
             response.headers["vlmq-next-after"],
@@ -112,10 +110,15 @@ class BatchClient:
             assert not rest, "the file does not end with a line feed"
 
     def _json(self, response: httpx.Response) -> dict[str, Any]:
-        if response.is_error:
-            raise AssertionError(f"HTTP {response.status_code}: {response.text}")
-        body: dict[str, Any] = response.json()
+        body: dict[str, Any] = _good(response).json()
         return body
+
+
+def _good(response: httpx.Response) -> httpx.Response:
+    """The response, if it is none of an error. Raises: AssertionError with its text."""
+    if response.is_error:
+        raise AssertionError(f"HTTP {response.status_code}: {response.text}")
+    return response
 
 
 def run_to_end(client: BatchClient, file_id: str, limit_s: float) -> tuple[float, dict[str, Any]]:

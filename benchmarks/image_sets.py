@@ -24,7 +24,7 @@ import msgspec
 from benchmarks import plain_python
 from benchmarks.http_batches import TERMINAL, BatchClient
 from benchmarks.items import MODEL
-from benchmarks.memory import MIB, Peaks, peaks_of
+from benchmarks.memory import MIB, Peaks, peaks_of, redis_figures
 from benchmarks.nodes import image_node
 from benchmarks.pictures import is_broken, number_of, write_folder, write_tar
 from benchmarks.plain_python import Job, Spent
@@ -44,7 +44,6 @@ _LIMIT_S = 7200.0
 _POLL_S = 0.25
 _PAGE_LINES = 20_000
 _RATIO = Target(">=", 0.7)
-_REDIS = Target("<", 16)
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -285,12 +284,7 @@ def _memory(peaks: Peaks, images: int) -> list[Figure]:
         Figure("image sets", f"peak memory of {role}", peak / MIB, "MiB", None, after)
         for role, peak in sorted(peaks.by_role.items())
     ]
-    used, resident = peaks.redis_used / MIB, peaks.by_role["redis"] / MIB
-    return [
-        *figures,
-        Figure("image sets", "Redis used", used, "MiB", _REDIS, after),
-        Figure("image sets", "Redis resident", resident, "MiB", _REDIS, after),
-    ]
+    return figures + redis_figures("image sets", peaks, made_of=after)
 
 
 # --- scratch ----------------------------------------------------------------------------------

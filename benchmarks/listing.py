@@ -21,7 +21,7 @@ import msgspec
 from benchmarks.http_batches import BatchClient
 from benchmarks.image_sets import PROMPT
 from benchmarks.items import MODEL
-from benchmarks.memory import MIB, Peaks, peak_of, peaks_of
+from benchmarks.memory import MIB, Peaks, peak_of, peaks_of, redis_figures
 from benchmarks.pictures import name_of, number_of
 from benchmarks.report import Figure, Target
 from benchmarks.scale import Scale
@@ -35,7 +35,6 @@ _ROLES = ["api", "redis", "reaper"]
 _LIMIT_S = 3600.0
 _POLL_S = 0.1
 _BUFFER_BYTES = 1 << 20
-_REDIS = Target("<", 16)
 
 
 class _Story(msgspec.Struct, frozen=True):
@@ -122,7 +121,6 @@ def _figures(story: _Story, entries: int) -> list[Figure]:
     first = story.killed_at / story.before_kill_s
     second = (entries - story.killed_at) / story.after_kill_s
     growth = 100 * (story.lister_after / story.lister_before - 1)
-    used, resident = story.peaks.redis_used / MIB, story.peaks.by_role["redis"] / MIB
     found = [
         ("entries listed, each once and in order", entries, "", None, "counted in the manifest"),
         ("until kill -9", first, "entries/s", None, f"{story.killed_at:,} entries published"),
@@ -137,12 +135,10 @@ def _figures(story: _Story, entries: int) -> list[Figure]:
             Target("<=", 10),
             f"{story.lister_before / MIB:.1f} -> {story.lister_after / MIB:.1f} MiB",
         ),
-        ("Redis used", used, "MiB", _REDIS, ""),
-        ("Redis resident", resident, "MiB", _REDIS, ""),
     ]
     return [
-        Figure("listing", f"{name}", value, unit, target, made_of)
-        for name, value, unit, target, made_of in found
+        *(Figure("listing", *row) for row in found),
+        *redis_figures("listing", story.peaks),
     ]
 
 

@@ -50,10 +50,18 @@ def measure(scale: Scale) -> list[Figure]:
                 f"{before / MIB:.1f} -> {after / MIB:.1f} MiB",
             )
         )
-    used, resident = large.redis_used / MIB, large.by_role["redis"] / MIB
-    figures.append(Figure("memory", f"Redis used at {many:,} items", used, "MiB", _REDIS))
-    figures.append(Figure("memory", f"Redis resident at {many:,} items", resident, "MiB", _REDIS))
-    return figures
+    return figures + redis_figures("memory", large, when=f" at {many:,} items")
+
+
+def redis_figures(
+    benchmark: str, peaks: Peaks, *, when: str = "", made_of: str = ""
+) -> list[Figure]:
+    """What Redis took of a node's memory, against its bound; ``when`` ends the figures' names."""
+    sizes = {"used": peaks.redis_used, "resident": peaks.by_role["redis"]}
+    return [
+        Figure(benchmark, f"Redis {name}{when}", size / MIB, "MiB", _REDIS, made_of)
+        for name, size in sizes.items()
+    ]
 
 
 def _peaks(items: int) -> Peaks:
