@@ -110,13 +110,24 @@ def test_a_stream_delivers_deltas_then_ends_once(
     assert stream.ends == [None]
 
 
-def test_the_socket_is_private_and_the_host_introduces_itself(start_host: StartHost) -> None:
-    """Mode 600, and a Hello with the limits."""
+def test_the_socket_is_private_and_the_host_introduces_itself(
+    start_host: StartHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mode 600, and a Hello with the limits and the GPUs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     host = start_host(replica=3, max_waiting=7, spec={"max_running": 5, "session_len": 99})
     assert stat.S_IMODE(host.socket.stat().st_mode) == 0o600
     with RawClient(host.socket) as client:
         assert client.hello == wire.Hello(
-            wire.VERSION, MODEL, 3, "echo", host.pid, session_len=99, max_running=5, max_waiting=7
+            wire.VERSION,
+            MODEL,
+            3,
+            "echo",
+            host.pid,
+            session_len=99,
+            max_running=5,
+            max_waiting=7,
+            device="5",
         )
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from workers.inference.engines.lanes import Lanes
-from workers.inference.engines.pace import CHATTING_S
+from workers.inference.engines.pace import CHATTING_S, HUSH_S
 from workers.inference.engines.wire import Lane
 
 
@@ -64,7 +64,7 @@ def test_beside_a_chat_a_batch_enters_by_and_by() -> None:
     lanes: Lanes[int] = Lanes(max_running=64, max_waiting=100, clock=lambda: now[0])
     lanes.offer("batch", [0])
     lanes.take()
-    lanes.release("batch", 4.8)  # so 48 slots make ten a second, and a tenth more
+    lanes.release("batch", 3.2)  # so 32 slots make ten a second, and a tenth more
     lanes.offer("chat", [-1])
     lanes.offer("batch", range(1, 30))
     assert lanes.take() == [-1, 1]
@@ -75,6 +75,44 @@ def test_beside_a_chat_a_batch_enters_by_and_by() -> None:
     now[0] += CHATTING_S
     assert lanes.take() == list(range(3, 30))
     assert not lanes.held_back
+
+
+def test_beside_chats_a_batch_has_half_of_the_slots() -> None:
+    """Those that are inside stay; and when nobody has chatted for a while it has more again."""
+    now = [0.0]
+    lanes: Lanes[int] = Lanes(max_running=8, max_waiting=100, clock=lambda: now[0])
+    lanes.offer("batch", range(20))
+    assert lanes.take() == list(range(6))
+    lanes.offer("chat", [-1])
+    assert lanes.take() == [-1]
+    lanes.release("chat", 0.1)
+    for left in (5, 4):
+        lanes.release("batch", 0.1)
+        now[0] += 1
+        assert lanes.take() == [], f"{left} are inside"
+        assert not lanes.held_back
+    lanes.release("batch", 0.1)
+    now[0] += 1
+    assert lanes.take() == [6]
+    now[0] += CHATTING_S
+    assert lanes.take() == [7, 8]
+
+
+def test_a_chat_that_is_on_its_way_finds_the_door_free() -> None:
+    """Announced, it keeps a batch out for a moment, itself it enters at once."""
+    now = [0.0]
+    lanes: Lanes[int] = Lanes(max_running=64, max_waiting=100, clock=lambda: now[0])
+    lanes.chats_wait(1)
+    lanes.offer("batch", range(10))
+    assert lanes.take() == []
+    assert lanes.held_back
+    lanes.offer("chat", [-1])
+    assert lanes.take() == [-1]
+    now[0] += HUSH_S
+    assert lanes.take() == [0]
+    lanes.chats_wait(0)
+    now[0] += CHATTING_S
+    assert lanes.take() == list(range(1, 10))
 
 
 class LanesMachine(RuleBasedStateMachine):
@@ -98,6 +136,10 @@ class LanesMachine(RuleBasedStateMachine):
         assert list(refused) == items[count - len(refused) :]
         self.accepted[lane] += items[: count - len(refused)]
 
+    @rule(count=st.integers(0, 3))
+    def chats_wait(self, count: int) -> None:
+        self.lanes.chats_wait(count)
+
     @rule(seconds=st.sampled_from([0.01, 0.3, 1, 20]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -107,6 +149,14 @@ class LanesMachine(RuleBasedStateMachine):
         for item in self.lanes.take():
             assert self.accepted[item[0]].pop(0) == item, "a lane is first in, first out"
             self.running.append(item)
+
+    @rule()
+    def after_a_long_while_something_enters(self) -> None:
+        self.now += 2 * CHATTING_S
+        free = self.lanes.running == 0 and self.lanes.waiting > 0
+        before = self.lanes.running
+        self.take()
+        assert self.lanes.running > before or not free
 
     @rule(index=st.integers(0, 20))
     def release(self, index: int) -> None:

@@ -17,7 +17,7 @@ from shared.log import get_logger
 from shared.settings import Settings
 from shared.stores import Stores
 from workers.inference.engines.base import Delta, Prompt
-from workers.inference.engines.client import EngineClient, StreamHandle
+from workers.inference.engines.client import EngineClient, Expected, StreamHandle
 from workers.inference.image_room import ImageRoom
 from workers.inference.prompts import build_prompt
 from workers.inference.uploads import OwnedImages
@@ -101,10 +101,11 @@ class ChatWorker:
         if not request.has_images:
             answer.follow(client, self._prompt(job, request, client))
             return
+        expected = client.expect()
         with self._room.reading(job.deadline):
             prompt = self._prompt(job, request, client)
         with self._room.holding(sum(len(image.data) for image in prompt.images)):
-            answer.follow(client, prompt)
+            answer.follow(client, prompt, expected)
 
     def _prompt(self, job: ChatJob, request: ChatRequest, client: EngineClient) -> Prompt:
         with self._lock:
@@ -170,9 +171,11 @@ class _Answer:
             ),
         )
 
-    def follow(self, client: EngineClient, prompt: Prompt) -> None:
+    def follow(
+        self, client: EngineClient, prompt: Prompt, expected: Expected | None = None
+    ) -> None:
         """Ask the engine and wait for the end, which is sent as it comes."""
-        self._handle = client.stream(prompt, self._on_delta, self._on_end)
+        self._handle = client.stream(prompt, self._on_delta, self._on_end, expected=expected)
         if self._reason is not None:
             self._handle.abort()  # it was aborted while its images were read
         left_s = self._job.deadline - time.time()

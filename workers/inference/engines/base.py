@@ -173,6 +173,14 @@ class Engine(Protocol):
         """
         ...
 
+    def hurry(self, hurried: bool) -> None:  # noqa: FBT001 - a state, not an option
+        """A chat waits for its first word, or none does any more: told at each change.
+
+        An engine that makes prompts wait until there are many to begin with should not meanwhile;
+        others do nothing.
+        """
+        ...
+
     def health(self) -> Health:
         """Say whether the engine can work."""
         ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ from workers.inference.engines.standby import Standby
 
 log = get_logger(__name__)
 
+EXPECTED_S = 0.15
+"""For so long engines keep themselves ready for a chat that was announced."""
+
 OnDelta = Callable[[Delta], None]
 OnEnd = Callable[[VlmqError | None], None]
 
@@ -70,10 +74,20 @@ class _Stream:
     since_s: float = 0.0
     """When it began to wait, on the loop's clock."""
     link: _Link | None = None
+    awaits: str | None = None
+    """The device that is to give it its first word."""
     wire_id: int = 0
     delivered: bool = False
     crashed: bool = False
     ended: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Expected:
+    """A chat that was announced; belongs to the pool's loop. Spent once it came or took too long."""
+
+    device: str | None = None
+    timer: asyncio.TimerHandle | None = None
 
 
 class StreamHandle:
@@ -108,10 +122,23 @@ class EngineClient:
         self._pool: _Pool | None = None
         self._pid = 0
 
+    def expect(self) -> Expected:
+        """Say that a chat's stream will be asked for in a moment, so that batches let it in."""
+        pool = self._running_pool()
+        expected = Expected()
+        pool.call(lambda: pool.expect(expected))
+        return expected
+
     def stream(
-        self, prompt: Prompt, on_delta: OnDelta, on_end: OnEnd, lane: wire.Lane = "chat"
+        self,
+        prompt: Prompt,
+        on_delta: OnDelta,
+        on_end: OnEnd,
+        lane: wire.Lane = "chat",
+        *,
+        expected: Expected | None = None,
     ) -> StreamHandle:
-        """Ask for an answer in deltas.
+        """Ask for an answer in deltas; ``expected`` is what ``expect`` said of it.
 
         ``on_end`` is called exactly once: with None after the last delta, or with what went wrong.
         When an engine dies, a stream without a delta yet is tried once more; others end with
@@ -120,7 +147,7 @@ class EngineClient:
         """
         pool = self._running_pool()
         stream = _Stream(prompt, lane, on_delta, on_end)
-        pool.call(lambda: pool.start(stream))
+        pool.call(lambda: pool.start(stream, expected))
         return StreamHandle(pool, stream)
 
     def complete(self, prompt: Prompt, *, timeout_s: float, lane: wire.Lane = "chat") -> Completion:
@@ -223,6 +250,8 @@ class _Pool:
         self._watch = SocketWatch(wire.replica_folder(run_dir, model))
         self._links: dict[Path, _Link] = {}
         self._parked: list[_Stream] = []
+        self._awaited: Counter[str] = Counter()
+        """Chats without a word, by the device that they wait for."""
         self._last_wire_id = 0
         self.tiling: Tiling | None = None
         """What the replicas agree on; read by other threads."""
@@ -243,10 +272,21 @@ class _Pool:
         self.call(self._stopping.set)
         self._thread.join()
 
-    def start(self, stream: _Stream) -> None:
+    def start(self, stream: _Stream, expected: Expected | None) -> None:
         """Send a new stream to a replica, or park it until one has room."""
         stream.since_s = self._loop.time()
         self._place(stream)
+        if expected is not None:
+            self._spend(expected)
+
+    def expect(self, expected: Expected) -> None:
+        """A chat is about to start: its likely device should be ready for it."""
+        link = least_busy(self._links.values(), self._loop.time())
+        if link is None:
+            return
+        expected.device = link.replica.device
+        expected.timer = self._loop.call_later(EXPECTED_S, self._spend, expected)
+        self._count(expected.device, +1)
 
     def abort(self, stream: _Stream) -> None:
         """Give a stream up."""
@@ -280,6 +320,8 @@ class _Pool:
                 link.replica.note(message, self._model)
                 self._watch.greeted(link.path)
                 self.tiling = shared_tiling(known.replica for known in self._links.values())
+                if self._awaited[message.device]:
+                    link.send(wire.encode(wire.Chats(self._awaited[message.device])))
                 self._place_parked()
             case wire.Load() | wire.Draining():
                 link.replica.note(message, self._model)
@@ -330,8 +372,11 @@ class _Pool:
         link = least_busy(self._links.values(), self._loop.time())
         if link is None:
             stream.link = None
+            self._await(stream, None)
             self._parked.append(stream)
             return
+        if stream.lane == "chat":
+            self._await(stream, link.replica.device)
         self._last_wire_id += 1
         stream.link, stream.wire_id = link, self._last_wire_id
         prompt = msgspec.structs.replace(stream.prompt, id=stream.wire_id)
@@ -341,6 +386,32 @@ class _Pool:
             return
         link.replica.in_flight[stream.wire_id] = stream
         link.send(frames[0])
+
+    def _await(self, stream: _Stream, device: str | None) -> None:
+        """Count this stream among those that wait for a device, and no longer for another."""
+        before, stream.awaits = stream.awaits, device
+        if device == before:
+            return
+        if device is not None:
+            self._count(device, +1)
+        if before is not None:
+            self._count(before, -1)
+
+    def _count(self, device: str, change: int) -> None:
+        """Tell all that compute on a device how many chats wait for it now."""
+        self._awaited[device] += change
+        told = wire.encode(wire.Chats(self._awaited[device]))
+        for link in self._links.values():
+            if link.replica.hello is not None and link.replica.device == device:
+                link.send(told)
+
+    def _spend(self, expected: Expected) -> None:
+        """It came, or it does not count any more; once."""
+        device, expected.device = expected.device, None
+        if device is not None:
+            assert expected.timer is not None
+            expected.timer.cancel()
+            self._count(device, -1)
 
     def _place_parked(self) -> None:
         parked, self._parked = self._parked, []
@@ -433,6 +504,7 @@ class _Pool:
 
     def _deliver(self, stream: _Stream, delta: Delta) -> None:
         stream.delivered = True
+        self._await(stream, None)
         try:
             stream.on_delta(delta)
         except Exception:
@@ -441,6 +513,7 @@ class _Pool:
     def _end(self, stream: _Stream, error: VlmqError | None) -> None:
         stream.ended = True
         stream.link = None
+        self._await(stream, None)
         try:
             stream.on_end(error)
         except Exception:
@@ -452,6 +525,7 @@ class _Pool:
             streams += link.replica.in_flight.values()
             link.replica.in_flight.clear()
             link.close()
+        self._links = {}
         self._parked = []
         for stream in streams:
             self._end(stream, EngineUnavailable("this engine client was closed"))

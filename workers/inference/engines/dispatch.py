@@ -93,6 +93,8 @@ class Dispatcher:
         self._max_waiting_bytes = max_waiting_bytes
         self._waiting_bytes = 0
         self._unheard = 0
+        self._announced: dict[Caller, int] = {}
+        self._chats = 0
         self._enough = False
         self._on_enough = on_enough
         self._requests: dict[Caller, dict[int, _Request]] = {}
@@ -116,6 +118,7 @@ class Dispatcher:
         """Abort everything this caller asked for."""
         self.abort(caller, list(self._requests[caller]))
         del self._requests[caller]
+        self.chats_wait(caller, 0)
 
     def submit(self, caller: Caller, message: Submit) -> None:
         """Queue prompts; those beyond the bound fail with EngineBusy.
@@ -133,6 +136,17 @@ class Dispatcher:
         for request in refused:
             self._answer(request, EngineBusy())
         self._admit()
+
+    def chats_wait(self, caller: Caller, count: int) -> None:
+        """So many chats of this caller wait for their first word, here or at a neighbour.
+
+        It may say so before it asks, so that the engine is ready for them.
+        """
+        if count:
+            self._announced[caller] = count
+        else:
+            self._announced.pop(caller, None)
+        self._count_chats()
 
     def abort(self, caller: Caller, ids: Iterable[int]) -> None:
         """Forget prompts: waiting ones leave at once, running ones when the engine lets go."""
@@ -219,7 +233,7 @@ class Dispatcher:
             if request.lane == "chat":
                 request.unheard = True
                 self._unheard += 1
-                self._lanes.chat_waits()
+                self._count_chats()
             if request.streamed:
                 self._start_stream(request)
             else:
@@ -297,8 +311,18 @@ class Dispatcher:
         if request.unheard:
             request.unheard = False
             self._unheard -= 1
-            self._lanes.chat_heard()
-            self._tell_enough()
+            self._count_chats()
+
+    def _count_chats(self) -> None:
+        # Callers that announce their chats count them as long as we do, others not at all.
+        chats = max(self._unheard, sum(self._announced.values()))
+        if chats == self._chats:
+            return
+        hurried, self._chats = self._chats > 0, chats
+        self._lanes.chats_wait(chats)
+        if hurried != (chats > 0):
+            self._engine.hurry(chats > 0)
+        self._tell_enough()
 
     def _withdraw(self, unwanted: Callable[[_Request], bool]) -> list[_Request]:
         removed = self._lanes.withdraw(unwanted)
@@ -309,7 +333,7 @@ class Dispatcher:
     def _tell_enough(self) -> None:
         """Enough waits: as much as may, until half of it is gone; or a chat, and some for later."""
         most = self._max_waiting_bytes // 2 if self._enough else self._max_waiting_bytes
-        chat = self._unheard > 0 and self._lanes.waiting >= self._max_running
+        chat = self._chats > 0 and self._lanes.waiting >= self._max_running
         enough = self._waiting_bytes > most or chat
         if enough != self._enough:
             self._enough = enough

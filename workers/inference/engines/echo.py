@@ -162,6 +162,9 @@ class EchoEngine:
         if prompt_id in self._aborts:
             self._aborts[prompt_id].set()
 
+    def hurry(self, hurried: bool) -> None:  # noqa: FBT001 - a state, not an option
+        """No prompt waits for others."""
+
     def health(self) -> Health:
         """Good, until a fault says otherwise."""
         return self._health

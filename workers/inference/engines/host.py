@@ -235,6 +235,7 @@ class HostServer:
                 max_running=spec.max_running,
                 max_waiting=self._options.max_waiting,
                 tiling=self._engine.tiling(),
+                device=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             )
         )
         connection.send(self._dispatcher.load())
@@ -249,6 +250,8 @@ class HostServer:
                 self._dispatcher.submit(connection, message)
             case wire.Abort():
                 self._dispatcher.abort(connection, message.ids)
+            case wire.Chats():
+                self._dispatcher.chats_wait(connection, message.waiting)
             case wire.Ping():
                 connection.send(self._dispatcher.load())
 

@@ -2,8 +2,9 @@
 
 Knows nothing of sockets or engines. Prompts of the ``chat`` lane overtake waiting ones of the
 ``batch`` lane, and some running slots are for chat only, so that a chat never waits for a batch
-prompt to finish while the batch keeps the engine full. While there are chats, batch prompts enter
-by a pace instead of all at once.
+prompt to finish while the batch keeps the engine full. While there are chats, fewer prompts of a
+batch are inside, for each makes the engine's steps longer, and they enter by a pace instead of all
+at once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Lanes(Generic[T]):
     """Counts what runs and keeps what waits.
 
     ``max_running`` bounds both lanes together; a quarter of it, at least one, is out of reach for
-    ``batch``, unless there is only one slot. ``max_waiting`` bounds each lane on its own.
+    ``batch``, unless there is only one slot, and half while there are chats. ``max_waiting`` bounds each lane on its own.
     ``clock`` gives the pace its time, in seconds.
     """
 
@@ -33,8 +34,9 @@ class Lanes(Generic[T]):
         reserve = max(1, max_running // 4)
         self._max_running = max_running
         self._max_waiting = max_waiting
-        self._batch_limit = max(1, max_running - reserve)
-        self._pace = Pace(self._batch_limit, clock)
+        self._batch_alone = max(1, max_running - reserve)
+        self._batch_beside_chats = max(1, max_running // 2)
+        self._pace = Pace(self._batch_beside_chats, clock)
         self._running: dict[Lane, int] = {"chat": 0, "batch": 0}
         self._waiting: dict[Lane, deque[T]] = {"chat": deque(), "batch": deque()}
 
@@ -69,13 +71,9 @@ class Lanes(Generic[T]):
         """Whether something waits only for its time to come: take again soon."""
         return bool(self._waiting["batch"]) and self._free("batch") > 0
 
-    def chat_waits(self) -> None:
-        """A chat entered the engine and waits for its first word."""
-        self._pace.chat_waits()
-
-    def chat_heard(self) -> None:
-        """That chat has its first word, or has ended without one."""
-        self._pace.chat_heard()
+    def chats_wait(self, count: int) -> None:
+        """So many chats are in the engine, or about to be, and wait for their first word."""
+        self._pace.chats_wait(count)
 
     def release(self, lane: Lane, stay_s: float) -> None:
         """One of this lane left the engine, after ``stay_s`` inside."""
@@ -94,7 +92,8 @@ class Lanes(Generic[T]):
     def _free(self, lane: Lane) -> int:
         free = self._max_running - self.running
         if lane == "batch":
-            free = min(free, self._batch_limit - self._running["batch"])
+            most = self._batch_beside_chats if self._pace.is_kept else self._batch_alone
+            free = min(free, most - self._running["batch"])
         return max(0, free)
 
     def _take(self, lane: Lane) -> list[T]:

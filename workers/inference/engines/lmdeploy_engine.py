@@ -178,6 +178,11 @@ class LmdeployEngine:
         for flight in [flight for flight in self._flights if flight.prompt.id == prompt_id]:
             self._give_up(flight, RequestAborted())
 
+    def hurry(self, hurried: bool) -> None:  # noqa: FBT001 - a state, not an option
+        """Let the PyTorch engine begin at once; TurboMind always does."""
+        if self._loaded is not None and self._loaded.steps is not None:
+            self._loaded.steps.hurry(hurried)
+
     def health(self) -> Health:
         """What lmdeploy's own probe said last: alive, and its scheduler goes on."""
         return self._health

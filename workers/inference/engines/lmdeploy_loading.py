@@ -35,6 +35,7 @@ from workers.inference.engines.lmdeploy_options import (
     check_turbomind,
 )
 from workers.inference.engines.lmdeploy_prompts import ReadyPrompts
+from workers.inference.engines.lmdeploy_steps import PrefillSteps
 
 CHAT_THREADS = 2
 SWITCH_INTERVAL_S = 0.0005
@@ -90,6 +91,8 @@ class Loaded:
     threads: ThreadPoolExecutor
     """They prepare images of batches; those of chats have some of their own."""
     chat_threads: ThreadPoolExecutor
+    steps: PrefillSteps | None
+    """Of the PyTorch engine."""
 
     @property
     def engine(self) -> Any:
@@ -250,6 +253,9 @@ def _start_pipeline(spec: EngineSpec, options: Options, path: str) -> Loaded:
         ready=_ready_prompts(pipe.async_engine) if tiled else None,
         threads=threads,
         chat_threads=_preparers(CHAT_THREADS),
+        steps=PrefillSteps(pipe.async_engine.engine)
+        if pipe.async_engine.backend == "pytorch"
+        else None,
     )
 
 

@@ -126,6 +126,11 @@ class Replica(Generic[R]):
                 self.draining = True
 
     @property
+    def device(self) -> str:
+        """What the host computes on; empty before it has said so."""
+        return self.hello.device if self.hello is not None else ""
+
+    @property
     def ready(self) -> bool:
         """Whether the host takes prompts."""
         return self.hello is not None and not self.draining

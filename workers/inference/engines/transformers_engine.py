@@ -202,6 +202,9 @@ class TransformersEngine:
                 flight.pieces.put_nowait(RequestAborted())
         self._work.set()
 
+    def hurry(self, hurried: bool) -> None:  # noqa: FBT001 - a state, not an option
+        """Every step begins with whatever has come."""
+
     def health(self) -> Health:
         """Say whether the model is loaded and its thread works."""
         if self._driver is None or self._batch is None:

@@ -13,14 +13,14 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
 
 from shared.errors import ConfigurationError, EngineError
 from workers.inference.engines.base import Completion, Prompt, Tiling
 
-VERSION = 2
+VERSION = 3
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 TARGET_FRAME_BYTES = 8 * 1024 * 1024
 """Prompts with images are cut into frames of about this size, so that no frame blocks for long."""
@@ -58,6 +58,16 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     ids: list[int]
 
 
+class Chats(msgspec.Struct, frozen=True, array_like=True, tag="chats"):
+    """How many chats of this client wait for their first word, here or at a neighbour.
+
+    Neighbours are engines of the same model on the same GPUs. Those that are about to be submitted
+    count, too.
+    """
+
+    waiting: Annotated[int, msgspec.Meta(ge=0)]
+
+
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
     """Asks for a ``Load`` now."""
 
@@ -66,6 +76,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     """The host's first message. ``session_len`` is in tokens, the limits are in prompts.
 
     ``tiling`` says how images may be cut before they are sent; without it they are sent as files.
+    Hosts with the same ``device`` compute on the same GPUs; it is empty where there are none.
     """
 
     version: int
@@ -77,6 +88,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     max_running: int
     max_waiting: int
     tiling: Tiling | None = None
+    device: str = ""
 
 
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
@@ -108,7 +120,7 @@ class Draining(msgspec.Struct, frozen=True, array_like=True, tag="draining"):
     """The host finishes what it has and takes nothing new."""
 
 
-ToHost = Submit | Abort | Ping
+ToHost = Submit | Abort | Chats | Ping
 FromHost = Hello | Deltas | Done | Failed | Load | Draining
 
 M = TypeVar("M")
