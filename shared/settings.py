@@ -213,6 +213,8 @@ class NodeSettings(_Section):
     """Without any, a node serves every linked model, each with the engine it was linked with."""
     batch_processes: Count | Literal["auto"] = "auto"
     """They read, verify and cut images; ``auto``: most cores beside GPUs, else two."""
+    mps: bool = False
+    """Run NVIDIA's Multi-Process Service, so that replicas on one GPU compute at the same time."""
     chat_threads: Count = 256
     """Each chat in progress holds one thread."""
     engine_restart_s: Seconds = 1

@@ -40,7 +40,7 @@ from shared.settings import (
     with_overrides,
 )
 from shared.storage import Layout, write_json
-from workers import redis_server
+from workers import mps, redis_server
 from workers.finetune_report import running_jobs
 from workers.fleet import Fleet
 from workers.gpus import GpuWatch
@@ -62,6 +62,7 @@ TICK_S = 0.05
 ANNOUNCE_S = 2.0
 TRIM_LOGS_S = 60.0
 REDIS_START_LIMIT_S = 120.0
+MPS_START_LIMIT_S = 30.0
 _ALL_ROLES = frozenset(NodeSettings.model_fields["roles"].default)
 _USUAL_ROLES = (_ALL_ROLES, _ALL_ROLES - {"redis"}, _ALL_ROLES - {"redis", "api"})
 """What ``vlmq up`` and ``vlmq worker`` run if nobody says otherwise: whatever is possible here."""
@@ -169,6 +170,8 @@ class Node:
         write_json(config, snapshot(settings))
         if "redis" in self._roles:
             self._start_redis(stack)
+        if "engines" in self._roles and settings.node.mps:
+            self._start_mps()
         if self._stop_asked.is_set():
             return
         programs = Programs(settings, config)
@@ -241,11 +244,30 @@ class Node:
             pass_fds=(lock.fileno(),),
             restart_s=0.2,
         )
-        child = self._start("redis", program)
-        deadline = time.monotonic() + REDIS_START_LIMIT_S
+        self._start_first("redis", program, "the embedded Redis", REDIS_START_LIMIT_S)
+
+    def _start_mps(self) -> None:
+        settings = self.settings
+        program = Program(
+            name="mps",
+            command=mps.command(),
+            log=self._log("mps"),
+            ready=lambda: mps.is_up(settings),
+            prepare=lambda: mps.prepare(settings),
+            environment={**self._mark(), **mps.environment(settings)},
+            drain_s=GRACE_S,
+        )
+        self._start_first("mps", program, "NVIDIA's Multi-Process Service", MPS_START_LIMIT_S)
+
+    def _start_first(self, role: str, program: Program, words: str, limit_s: float) -> None:
+        """Start what the others cannot do without. Raises: ConfigurationError if it does not."""
+        child = self._start(role, program)
+        deadline = time.monotonic() + limit_s
         while child.state is not State.READY:
             if child.state is not State.STARTING or time.monotonic() > deadline:
-                raise ConfigurationError(f"the embedded Redis did not start: {child.detail}")
+                raise ConfigurationError(
+                    f"{words} did not start: {child.detail or 'it takes too long'}"
+                )
             if self._stop_asked.wait(TICK_S):
                 return
             child.tick()
@@ -368,6 +390,7 @@ class Node:
             self._fleet.stop(self.settings.queue.drain_s + GRACE_S)
             self._stop_stage(self._engines())
             self._fleet.close()
+        self._stop_stage(self._children.get("mps", []))
         self._stop_stage(trainers)
         self._stop_stage(self._children.get("reaper", []))
         if self._announcer is not None:
@@ -440,7 +463,9 @@ class Programs:
         spec_file = path.with_suffix(".spec.json")
         spec_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_json(spec_file, engine_spec(entry, record, seat.share))
-        pinned = {"CUDA_VISIBLE_DEVICES": seat.visible} if seat.gpus else {}
+        pinned = {}
+        if seat.gpus:
+            pinned = {"CUDA_VISIBLE_DEVICES": seat.visible, **mps.environment(settings)}
         # An engine that makes room or is replaced finishes all it has; a stopping node says less.
         drain_s = settings.api.request_timeout_s
         return Program(
