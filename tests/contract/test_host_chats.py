@@ -483,6 +483,16 @@ def test_fewer_chats_than_none_break_the_protocol(start_host: StartHost) -> None
         asking.until_told(True, False)
 
 
+def all_answers(flight: Flight) -> list[Answer]:
+    """Wait until nothing is in flight."""
+    answers: list[Answer] = []
+    while flight.in_flight:
+        got = flight.results(PATIENCE_S)
+        assert got, "no answer came"
+        answers += got
+    return answers
+
+
 def test_a_client_that_dies_with_a_chat_announced_leaves_batches_free(
     run_dir: Path, start_host: StartHost
 ) -> None:
@@ -494,11 +504,7 @@ def test_a_client_that_dies_with_a_chat_announced_leaves_batches_free(
             asking.until_told(True)
             flight.submit([ask(f"number {i}", i) for i in range(100)])
         asking.until_told(True, False)
-        answers: list[Answer] = []
-        while flight.in_flight:
-            got = flight.results(PATIENCE_S)
-            assert got, "no answer came"
-            answers += got
+        answers = all_answers(flight)
     assert sorted(number for number, _ in answers) == [*range(100)]
     assert all(isinstance(answer, Completion) for _, answer in answers)
 
@@ -511,9 +517,5 @@ def test_a_batch_goes_on_however_long_a_chat_is_announced(
     with RawClient(host.socket) as idle, Flight(run_dir, MODEL) as flight:
         idle.send(wire.Chats(1))
         flight.submit([ask(f"number {i}", i) for i in range(100)])
-        answers: list[Answer] = []
-        while flight.in_flight:
-            got = flight.results(PATIENCE_S)
-            assert got, "no answer came"
-            answers += got
+        answers = all_answers(flight)
     assert sorted(number for number, _ in answers) == [*range(100)]

@@ -24,8 +24,8 @@ class Lanes(Generic[T]):
     """Counts what runs and keeps what waits.
 
     ``max_running`` bounds both lanes together; a quarter of it, at least one, is out of reach for
-    ``batch``, unless there is only one slot, and half while there are chats. ``max_waiting`` bounds each lane on its own.
-    ``clock`` gives the pace its time, in seconds.
+    ``batch``, unless there is only one slot, and half while there are chats. ``max_waiting`` bounds
+    each lane on its own. ``clock`` gives the pace its time, in seconds.
     """
 
     def __init__(

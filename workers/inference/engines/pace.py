@@ -3,8 +3,9 @@
 An engine works in steps, and a chat's first word waits for the step in which its prompt arrives. A
 batch that fills every free slot at once makes steps with dozens of prompts, again and again,
 because what began together ends together. Let in one by one, at the rate at which a full engine
-finishes them, the same prompts make short steps. When a chat comes, nothing enters for a moment, so that its
-prompt shares a step with none; if it waits longer, few do. Nothing is held back while nobody chats.
+finishes them, the same prompts make short steps. When a chat comes, nothing enters for a moment, so
+that its prompt shares a step with none; if it waits longer, few do. Nothing is held back while
+nobody chats.
 
 The rate follows from how long prompts stay: with ``slots`` places and ``L`` seconds in each, a full
 engine finishes ``slots / L`` a second (Little's law). An engine that is not full finishes each
