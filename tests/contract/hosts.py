@@ -1,4 +1,4 @@
-"""Real engine processes for tests, and a bare client that can misbehave."""
+"""Real engine processes for tests, what they answered, and a bare client that can misbehave."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,19 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
+from shared.errors import VlmqError
 from workers.inference.engines import wire
-from workers.inference.engines.base import EngineSpec, Prompt, Sampling, Turn
+from workers.inference.engines.base import (
+    Answer,
+    Completion,
+    Delta,
+    EngineSpec,
+    Prompt,
+    Sampling,
+    Turn,
+)
+from workers.inference.engines.client import EngineClient, Expected
+from workers.inference.engines.flight import Flight
 
 M = TypeVar("M", bound=wire.FromHost)
 
@@ -35,6 +47,51 @@ def wait_for(condition: Callable[[], bool], what: str, patience_s: float = PATIE
     while not condition():
         assert time.monotonic() < deadline_s, f"waited in vain for {what}"
         time.sleep(0.01)
+
+
+def everything(flight: Flight) -> dict[int, Completion | VlmqError]:
+    """Wait until nothing is in flight; fail if an id comes twice."""
+    answers: list[Answer] = []
+    while flight.in_flight:
+        got = flight.results(PATIENCE_S)
+        assert got, "no answer came"
+        answers += got
+    answers += flight.results(0)
+    assert len(dict(answers)) == len(answers)
+    return dict(answers)
+
+
+class Stream:
+    """Records what a streamed request got."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        text: str,
+        prompt_id: int = 1,
+        *,
+        lane: wire.Lane = "chat",
+        expected: Expected | None = None,
+    ) -> None:
+        self.deltas: list[Delta] = []
+        self.ends: list[VlmqError | None] = []
+        self.first = threading.Event()
+        self.ended = threading.Event()
+        prompt = ask(text, prompt_id)
+        self.handle = client.stream(prompt, self._delta, self._end, lane, expected=expected)
+
+    def result(self) -> VlmqError | None:
+        """Wait for the end and return how it ended."""
+        assert self.ended.wait(PATIENCE_S)
+        return self.ends[0]
+
+    def _delta(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+        self.first.set()
+
+    def _end(self, error: VlmqError | None) -> None:
+        self.ends.append(error)
+        self.ended.set()
 
 
 class HostProcess:

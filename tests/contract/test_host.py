@@ -5,7 +5,6 @@ from __future__ import annotations
 import stat
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,13 @@ from shared.errors import (
     ImagesCutOtherwise,
     RequestAborted,
     RequestTimedOut,
-    VlmqError,
 )
 from tests.contract.conftest import SESSION_LEN, Kind, StartHost
-from tests.contract.hosts import MODEL, PATIENCE_S, RawClient, ask, wait_for
+from tests.contract.hosts import MODEL, PATIENCE_S, RawClient, Stream, ask, everything, wait_for
 from workers.inference.engines import wire
 from workers.inference.engines.base import (
     Answer,
     Completion,
-    Delta,
     Image,
     Prompt,
     Sampling,
@@ -41,42 +38,6 @@ from workers.inference.engines.standby import Standby
 pytestmark = pytest.mark.timeout(120)
 
 FAULTS = {"faults": True}
-
-
-def everything(flight: Flight) -> dict[int, Completion | VlmqError]:
-    """Wait until nothing is in flight; fail if an id comes twice."""
-    answers: list[Answer] = []
-    while flight.in_flight:
-        got = flight.results(PATIENCE_S)
-        assert got, "no answer came"
-        answers += got
-    answers += flight.results(0)
-    assert len(dict(answers)) == len(answers)
-    return dict(answers)
-
-
-class Stream:
-    """Records what a streamed request got."""
-
-    def __init__(self, client: EngineClient, text: str, prompt_id: int = 1) -> None:
-        self.deltas: list[Delta] = []
-        self.ends: list[VlmqError | None] = []
-        self.first = threading.Event()
-        self.ended = threading.Event()
-        self.handle = client.stream(ask(text, prompt_id), self._delta, self._end)
-
-    def result(self) -> VlmqError | None:
-        """Wait for the end and return how it ended."""
-        assert self.ended.wait(PATIENCE_S)
-        return self.ends[0]
-
-    def _delta(self, delta: Delta) -> None:
-        self.deltas.append(delta)
-        self.first.set()
-
-    def _end(self, error: VlmqError | None) -> None:
-        self.ends.append(error)
-        self.ended.set()
 
 
 def test_whole_answers_come_back_through_the_process(

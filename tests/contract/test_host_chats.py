@@ -5,16 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 import pytest
 
-from shared.errors import EngineUnavailable, RequestAborted, VlmqError
+from shared.errors import EngineUnavailable, RequestAborted
 from tests.contract.conftest import StartHost
-from tests.contract.hosts import MODEL, PATIENCE_S, HostProcess, RawClient, ask, wait_for
+from tests.contract.hosts import (
+    MODEL,
+    PATIENCE_S,
+    HostProcess,
+    RawClient,
+    Stream,
+    ask,
+    everything,
+    wait_for,
+)
 from workers.inference.engines import client as engine_client
 from workers.inference.engines import wire
 from workers.inference.engines.base import (
@@ -26,7 +34,7 @@ from workers.inference.engines.base import (
     complete_each,
     let_go,
 )
-from workers.inference.engines.client import EngineClient, Expected
+from workers.inference.engines.client import EngineClient
 from workers.inference.engines.echo import EchoEngine
 from workers.inference.engines.flight import Flight
 
@@ -133,33 +141,6 @@ class RawHost:
         return counts, message.prompts[0].id
 
 
-class Stream:
-    """A streamed request that remembers how it ended."""
-
-    def __init__(
-        self,
-        client: EngineClient,
-        text: str,
-        lane: wire.Lane = "chat",
-        expected: Expected | None = None,
-    ) -> None:
-        self.heard = threading.Event()
-        self.ends: list[VlmqError | None] = []
-        self._ended = threading.Event()
-        self.handle = client.stream(
-            ask(text), lambda _: self.heard.set(), self._end, lane, expected=expected
-        )
-
-    def result(self) -> VlmqError | None:
-        """Wait for the end and return how it ended."""
-        assert self._ended.wait(PATIENCE_S)
-        return self.ends[0]
-
-    def _end(self, error: VlmqError | None) -> None:
-        self.ends.append(error)
-        self._ended.set()
-
-
 class Asking:
     """Asks one engine process what it was told; its questions are no chats."""
 
@@ -260,7 +241,7 @@ def test_a_batch_prompt_is_no_chat(run_dir: Path, client: EngineClient) -> None:
     """It is sent without a word about it."""
     with RawHost(run_dir) as host:
         until_greeted_by(host, client)
-        Stream(client, "a batch", "batch")
+        Stream(client, "a batch", lane="batch")
         counts, wire_id = host.counts_before_the_prompt()
         assert counts == []
         host.send(wire.Deltas([(wire_id, "word")]))
@@ -483,16 +464,6 @@ def test_fewer_chats_than_none_break_the_protocol(start_host: StartHost) -> None
         asking.until_told(True, False)
 
 
-def all_answers(flight: Flight) -> list[Answer]:
-    """Wait until nothing is in flight."""
-    answers: list[Answer] = []
-    while flight.in_flight:
-        got = flight.results(PATIENCE_S)
-        assert got, "no answer came"
-        answers += got
-    return answers
-
-
 def test_a_client_that_dies_with_a_chat_announced_leaves_batches_free(
     run_dir: Path, start_host: StartHost
 ) -> None:
@@ -504,9 +475,9 @@ def test_a_client_that_dies_with_a_chat_announced_leaves_batches_free(
             asking.until_told(True)
             flight.submit([ask(f"number {i}", i) for i in range(100)])
         asking.until_told(True, False)
-        answers = all_answers(flight)
-    assert sorted(number for number, _ in answers) == [*range(100)]
-    assert all(isinstance(answer, Completion) for _, answer in answers)
+        answers = everything(flight)
+    assert sorted(answers) == [*range(100)]
+    assert all(isinstance(answer, Completion) for answer in answers.values())
 
 
 def test_a_batch_goes_on_however_long_a_chat_is_announced(
@@ -517,5 +488,5 @@ def test_a_batch_goes_on_however_long_a_chat_is_announced(
     with RawClient(host.socket) as idle, Flight(run_dir, MODEL) as flight:
         idle.send(wire.Chats(1))
         flight.submit([ask(f"number {i}", i) for i in range(100)])
-        answers = all_answers(flight)
-    assert sorted(number for number, _ in answers) == [*range(100)]
+        answers = everything(flight)
+    assert sorted(answers) == [*range(100)]
