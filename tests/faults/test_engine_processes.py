@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -225,6 +227,31 @@ def test_a_drained_replica_hands_its_batch_over(run_dir: Path, start_host: Start
         answers = collect(flight, 40)
     assert {type(answer) for answer in answers.values()} == {Completion}
     assert old.status() == 0
+
+
+def has_ended(link: socket.socket) -> bool:
+    """Whether the other side has said its last, read or not."""
+    poller = select.poll()
+    poller.register(link.fileno(), select.POLLRDHUP)
+    return bool(poller.poll(0))
+
+
+def test_who_writes_to_a_host_that_has_stopped_still_reads_the_last_answers(
+    start_host: StartHost,
+) -> None:
+    """Else a client that announces a chat in that moment would take them for lost in a crash."""
+    host = start_host()
+    with RawClient(host.socket) as client:
+        client.send(wire.Submit([ask("one two", 1)], "stream", "chat"))
+        client.expect(wire.Deltas)
+        host.terminate()
+        wait_for(lambda: has_ended(client.socket), "the host to have said its last")
+        client.send(wire.Chats(1))
+        client.send(wire.Submit([ask("too late", 2)], "stream", "chat"))
+        assert [prompt_id for prompt_id, _ in client.expect(wire.Done).items] == [1]
+        with pytest.raises(ConnectionResetError):
+            client.expect(wire.Failed)
+    assert host.status() == 0
 
 
 def test_a_draining_host_leaves_its_successors_socket_alone(start_host: StartHost) -> None:

@@ -64,6 +64,8 @@ GLANCE_S = 0.25
 """How often clients that are not read are looked at: they may have gone."""
 HEALTH_INTERVAL_S = 2.0
 CLOSE_LIMIT_S = 10.0
+LEAVE_LIMIT_S = 1.0
+"""How long clients have to take their last answers when the engine process stops."""
 
 EngineFactory = Callable[[EngineSpec], Engine]
 
@@ -93,6 +95,7 @@ class Connection(asyncio.BufferedProtocol):
         self._done: list[tuple[int, Completion]] = []
         self._failed: list[tuple[int, str, str, str | None]] = []
         self._flush_due = False
+        self._ended = False
         self.closed = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -109,7 +112,8 @@ class Connection(asyncio.BufferedProtocol):
         """Act on what came; a client that breaks the protocol is cut off, alone."""
         try:
             for message in self._frames.arrived(nbytes):
-                self._server.received(self, message)
+                if not self._ended:
+                    self._server.received(self, message)
         except wire.MalformedFrame as error:
             self._drop(error.message)
 
@@ -151,18 +155,29 @@ class Connection(asyncio.BufferedProtocol):
     def send(self, message: wire.FromHost) -> None:
         """Send one message now, unless the client is gone or has stopped reading."""
         transport = self._transport
-        if transport is None or transport.is_closing():
+        if transport is None or transport.is_closing() or self._ended:
             return
         if transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self._drop("it does not read its answers")
             return
         transport.write(wire.encode(message))
 
-    def close(self) -> None:
-        """Send what is left and hang up."""
+    def end(self) -> None:
+        """Send what is left and say that nothing follows; ``closed`` once the client has gone, too.
+
+        Who hangs up first has to be the client: one that writes to a socket that is closed already
+        is told so at once, and may not read any more what was sent to it before.
+        """
         self._flush()
+        if self._transport is not None and not self._transport.is_closing():
+            self._ended = True
+            self._transport.write_eof()
+            self._transport.resume_reading()
+
+    def hang_up(self) -> None:
+        """End the connection at once."""
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()
 
     def _flush_soon(self) -> None:
         if not self._flush_due:
@@ -183,8 +198,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _drop(self, reason: str) -> None:
         log.warning("client dropped", reason=reason)
-        if self._transport is not None:
-            self._transport.abort()
+        self.hang_up()
 
 
 class HostServer:
@@ -311,18 +325,20 @@ class HostServer:
         await self.stop(EngineUnavailable("the engine process stopped before this was finished"))
 
     async def stop(self, error: VlmqError) -> None:
-        """Fail what is left with ``error`` and hang up on everybody."""
+        """Fail what is left with ``error`` and have all clients leave."""
         self._stop_listening()
         self._dispatcher.fail_all(error)
         await self._dispatcher.close()
         connections = list(self._connections)
         for connection in connections:
-            connection.close()
+            connection.end()
         leaving = [asyncio.ensure_future(connection.closed.wait()) for connection in connections]
         if leaving:
-            _, stuck = await asyncio.wait(leaving, timeout=1.0)
+            _, stuck = await asyncio.wait(leaving, timeout=LEAVE_LIMIT_S)
             for waiter in stuck:
                 waiter.cancel()
+            for connection in list(self._connections):
+                connection.hang_up()
 
     def _stop_listening(self) -> None:
         if self._listener is None:
