@@ -20,6 +20,7 @@ from PIL import Image
 from tests.faults.batches import line, results, submit, wait_until_ended
 from tests.running_node import RunningNode, running_node
 
+SLOW_START = {"setup_delay_s": 3, "faults": True}
 IMAGE_TOKENS = 256
 """What the echo engine counts for an image."""
 
@@ -180,6 +181,21 @@ def test_slow_images_are_no_hanging_engine(hasty_sdk: openai.OpenAI, slow_port: 
     ended = wait_until_ended(hasty_sdk, batch.id)
     assert ended.request_counts is not None
     assert (ended.request_counts.completed, ended.request_counts.failed) == (70, 0)
+
+
+def test_an_engine_that_starts_for_longer_than_a_request_may_take_lets_none_time_out() -> None:
+    """Nobody has the items meanwhile, so none of them hangs."""
+    with running_node(
+        api={"request_timeout_s": 2},
+        node={"engine_restart_s": 0.05},
+        models=({"model": "echo", "engine": "echo", "options": SLOW_START},),
+    ) as node:
+        sdk = node.sdk(max_retries=0)
+        ended = wait_until_ended(sdk, submit(sdk, [line("a", "[[echo:kill]]"), line("b", "b")]).id)
+        [failed] = results(sdk, ended.error_file_id)
+        assert failed["custom_id"] == "a"
+        assert failed["response"]["body"]["error"]["code"] == "engine_crashed"
+        assert [row["custom_id"] for row in results(sdk, ended.output_file_id)] == ["b"]
 
 
 @pytest.mark.parametrize("neighbour", ["say b", "[[echo:kill]]"])

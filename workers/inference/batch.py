@@ -361,8 +361,14 @@ class ChunkRun:
         return answers
 
     def _hangs(self) -> bool:
-        """Whether not one answer came for a request's whole time."""
-        return time.monotonic() - self._answered_at > self._settings.api.request_timeout_s
+        """Whether engines had prompts for a request's whole time and gave not one answer.
+
+        While an engine starts again nobody has them, and its start may take longer than that.
+        """
+        now_s = time.monotonic()
+        if not self._flight.sent:
+            self._answered_at = now_s
+        return now_s - self._answered_at > self._settings.api.request_timeout_s
 
     def _settle(self, prompt: Prompt, answer: Completion | VlmqError) -> None:
         """Take the best answer that there was for a prompt; nothing more is asked."""

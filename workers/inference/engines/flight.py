@@ -129,7 +129,12 @@ class Flight:
     @property
     def in_flight(self) -> int:
         """Prompts without an answer yet, those that wait for a replica included."""
-        return len(self._backlog) + self._sent
+        return len(self._backlog) + self.sent
+
+    @property
+    def sent(self) -> int:
+        """Prompts that replicas have, or are being sent."""
+        return sum(len(line.replica.in_flight) for line in self._lines.values())
 
     @property
     def room(self) -> int:
@@ -202,10 +207,6 @@ class Flight:
         self._backlog.clear()
         self._selector.close()
 
-    @property
-    def _sent(self) -> int:
-        return sum(len(line.replica.in_flight) for line in self._lines.values())
-
     def _size(self) -> int:
         if self._window is not None:
             return self._window
@@ -246,7 +247,7 @@ class Flight:
         """Give waiting prompts to the least busy replicas and push bytes out."""
         now_s = time.monotonic()
         batches: dict[Path, list[Prompt]] = {}
-        free = self._size() - self._sent
+        free = self._size() - self.sent
         while self._backlog and free > 0:
             line = least_busy(self._lines.values(), now_s)
             if line is None:
