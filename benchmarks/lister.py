@@ -17,10 +17,10 @@ from benchmarks.memory import peak_of
 from shared.leases import CONTROL_LANE, PLAN, Lease, model_lane
 from shared.settings import load_settings
 from shared.stores import Stores
-from workers.app import worker_name
 from workers.inference.control import run_control_unit
 from workers.inference.listing import ListingPaused
 from workers.keeper import Keeper
+from workers.worker_names import worker_name
 
 _POLL_S = 0.1
 _LIMIT_S = 120.0

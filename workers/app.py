@@ -14,7 +14,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from celery import Celery, signals
@@ -31,6 +30,7 @@ from workers.inference.chat import ChatWorker
 from workers.placement import count_batch_processes
 from workers.subscriptions import Subscriber, Wanted
 from workers.tasks import register_batch_task, register_chat_task, register_finetune_task
+from workers.worker_names import worker_name
 
 log = get_logger(__name__)
 
@@ -143,20 +143,6 @@ def run_finetune_consumer(settings: Settings) -> None:
         _run(app, "finetune", settings, finetune_queues, pool="threads", concurrency=threads)
     finally:
         worker.close()
-
-
-def worker_name(settings: Settings) -> str:
-    """This process, told apart from an earlier one with its pid by its start time."""
-    return f"{settings.node.name}:{settings.node.run_id}:{os.getpid()}:{start_ticks(os.getpid())}"
-
-
-def start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks since boot; 0 if there is none (or no /proc)."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    return int(status.rpartition(")")[2].split()[19])
 
 
 def _run(

@@ -33,7 +33,7 @@ from shared.rebuild import missing_batches, missing_finetunes
 from shared.retention import clear_leftovers, sweep
 from shared.settings import Settings, load_settings
 from shared.stores import Stores
-from workers.app import start_ticks
+from workers.worker_names import WorkerName
 
 log = get_logger(__name__)
 
@@ -88,12 +88,12 @@ class Reaper:
             return
         dead, forgotten = [], []
         for worker in self._stores.leases.workers():
-            name, run_id, pid, started = worker.rsplit(":", 3)
-            if name != node.name:
+            name = WorkerName.read(worker)
+            if name is None or name.node != node.name:
                 continue
-            if run_id != node.run_id:
+            if name.run_id != node.run_id:
                 forgotten.append(worker)  # of an earlier run: what it held expires by itself
-            elif start_ticks(int(pid)) != int(started):
+            elif not name.is_alive:
                 dead.append(worker)
         if dead:
             self._reap(dead)

@@ -24,8 +24,8 @@ from tests.finetune_steps import create as create_finetune
 from tests.finetune_steps import running
 from tests.running_node import wait_for
 from tests.stored_batches import claim, commit, jsonl, link_model, now, planned, record, upload
-from workers.app import start_ticks
 from workers.reaper import Reaper
+from workers.worker_names import start_ticks
 
 TTL_S = 0.6
 
@@ -130,6 +130,18 @@ def test_a_pid_used_again_is_another_process(stores: Stores, reaper: Reaper) -> 
     assert claim(stores).attempts == 1
     process.kill()
     process.wait()
+
+
+def test_a_name_that_no_process_has_stops_no_turn(stores: Stores, reaper: Reaper) -> None:
+    """What holds leases under another kind of name is taken back when they expire."""
+    planned(stores, 1)
+    for worker in ("w", "here:run-1:pid:0", "here:run-1:12"):
+        stores.leases.register(worker)
+    claim(stores, "w")
+    reaper.turn()
+    time.sleep(TTL_S + 0.1)
+    reaper.turn()
+    assert claim(stores).attempts == 1
 
 
 def test_missing_tickets_are_published(stores: Stores, reaper: Reaper) -> None:
