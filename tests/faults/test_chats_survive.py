@@ -28,11 +28,12 @@ ECHO = {
     "model": "echo",
     "engine": "echo",
     "max_running": 64,
-    "options": {"token_delay_s": 0.05, "faults": True},
+    "options": {"token_delay_s": 0.1, "faults": True},
 }
 NODE = {"engine_restart_s": 0.1, "engine_wait_s": 15, "chat_threads": 64}
 QUEUE = {"lease_ttl_s": 6, "renew_s": 2, "reap_s": 0.5, "drain_s": 5}
 LONG = " ".join(f"word{number}" for number in range(100))
+"""Takes ten seconds, so that a slow machine has time to break something meanwhile."""
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +80,12 @@ def running(node: RunningNode) -> int:
 class Stream:
     """One streamed chat, read in a thread of its own."""
 
-    def __init__(self, node: RunningNode, text: str) -> None:
+    def __init__(self, sdk: openai.OpenAI, text: str) -> None:
         self.text = ""
         self.error: Exception | None = None
         self.finish_reason: str | None = None
         self.begun = threading.Event()
-        self._sdk = node.sdk(max_retries=0)
+        self._sdk = sdk
         self._asked = text
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -111,7 +112,8 @@ class Stream:
 
 def opened(node: RunningNode, texts: list[str], *, begun: bool) -> list[Stream]:
     """Streams that all run in the engine, with a word read or with none."""
-    streams = [Stream(node, text) for text in texts]
+    sdk = node.sdk(max_retries=0)
+    streams = [Stream(sdk, text) for text in texts]
     if begun:
         assert all(stream.begun.wait(60) for stream in streams)
     else:
@@ -146,12 +148,12 @@ def test_an_engine_killed_under_20_streams_ends_each_cleanly(node: RunningNode) 
 
 def test_streams_without_a_word_yet_are_answered_after_all(node: RunningNode) -> None:
     """By the engine that takes the dead one's place; the clients notice nothing."""
-    texts = [f"[[echo:sleep=1.5]]{number}" for number in range(STREAMS)]
+    texts = [f"[[echo:sleep=5]]{number}" for number in range(STREAMS)]
     streams = opened(node, texts, begun=False)
     [victim] = node.engine_pids()
     os.kill(victim, signal.SIGKILL)
     for stream, text in zip(streams, texts, strict=True):
-        stream.wait(ENGINE_LIMIT_S + 10)
+        stream.wait(CONSUMER_LIMIT_S)
         assert (stream.error, stream.text, stream.finish_reason) == (None, text, "stop")
 
 
@@ -169,7 +171,8 @@ def test_kill_9_of_the_chat_consumer(node: RunningNode) -> None:
     """Half-answered streams end cleanly, waiting ones are answered by the next consumer."""
     begun = opened(node, [LONG] * 5, begun=True)
     texts = [f"[[echo:sleep=4]]{number}" for number in range(5)]
-    waiting = [Stream(node, text) for text in texts]
+    sdk = node.sdk(max_retries=0)
+    waiting = [Stream(sdk, text) for text in texts]
     wait_for(lambda: running(node) == 10, "all to run", 20)
     os.kill(chat_consumer(node), signal.SIGKILL)
     for stream in begun:

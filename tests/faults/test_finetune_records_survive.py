@@ -248,12 +248,14 @@ def test_kill_9_of_a_holder_at_any_moment_loses_no_word(redis_url: str, tmp_path
             done = int(rest[-1]) if rest else done
             stores.finetunes.reap(["holder"])
             assert now(stores, job).progress.step in (done, done + 1)
+        claim(stores)  # brings what only the disk has heard
         found = [event.data["step"] for event in events(stores, job) if event.data]
         assert found == list(range(1, len(found) + 1))
         assert len(found) >= done
         told, before = messages(stores, job), now(stores, job)
         stores.redis.flushall()
         assert stores.rebuild().damaged == []
-        assert messages(stores, job) == told
+        # Redis has heard late what the dead had only written down; the disk has all of it by time.
+        assert sorted(messages(stores, job)) == sorted(told)
         assert now(stores, job).progress == before.progress
         assert before.attempts == 4
