@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import openai
 
 ECHO = {"model": "echo", "engine": "echo", "options": {"faults": True}}
+ROLES = ("api", "redis", "chat", "batch", "engines", "reaper")
+"""Of a node unless its test says otherwise: fine-tunes are left out, for most tests have none."""
 START_LIMIT_S = 60.0
 
 
@@ -103,12 +105,22 @@ class RunningNode:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=60)
 
+    def end(self) -> None:
+        """Stop it as a person does who cannot wait: Ctrl-C again and again."""
+        assert self.process is not None
+        deadline = time.monotonic() + 60
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, f"the node does not end:\n{self.story()}"
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=0.1)
+
     def close(self) -> None:
         """Stop everything and delete the folder."""
         for stores in self._stores:
             stores.close()
         if self.process is not None:
-            self.stop()
+            self.end()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def pids(self, *words: str) -> list[int]:
@@ -205,6 +217,7 @@ def running_node(
         "api": {"port": port, **sections.get("api", {})},
         "node": {
             "name": f"test-{os.getpid()}",
+            "roles": list(ROLES),
             "serve": [dict(model) for model in models],
             **sections.get("node", {}),
         },
