@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 ECHO = {"model": "echo", "engine": "echo", "options": {"faults": True}}
 ROLES = ("api", "redis", "chat", "batch", "engines", "reaper")
 """Of a node unless its test says otherwise: fine-tunes are left out, for most tests have none."""
+USUAL_ROLES = (*ROLES, "finetune")
+"""Of a node unless its owner says otherwise."""
 START_LIMIT_S = 60.0
 
 

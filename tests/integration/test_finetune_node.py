@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running_node import RunningNode, running_node, wait_for
+from tests.running_node import USUAL_ROLES, RunningNode, running_node, wait_for
 from workers.training.libraries import interpreter, missing_libraries
 
 pytestmark = pytest.mark.timeout(120)
@@ -27,7 +27,7 @@ def bare_python(tmp_path: Path) -> str:
 @pytest.fixture
 def node() -> Iterator[RunningNode]:
     """A node that is not started yet."""
-    with running_node(start=False) as found:
+    with running_node(start=False, node={"roles": list(USUAL_ROLES)}) as found:
         yield found
 
 

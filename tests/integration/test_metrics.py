@@ -195,7 +195,7 @@ def test_the_node_tells_of_itself(worked: Worked) -> None:
     assert seen.value("vlmq_replicas", node=name, model="echo", state="ready") == 1
     assert sum(seen.by("vlmq_replicas", "state").values()) == 1
     assert seen.value("vlmq_replica_restarts_total", node=name, model="echo", replica="0") == 0
-    programs = {"redis": 1, "reaper": 1, "batch": 1, "chat": 1, "api": 1, "finetune": 1}
+    programs = {"redis": 1, "reaper": 1, "batch": 1, "chat": 1, "api": 1}
     assert seen.by("vlmq_program_ready", "program") == programs
     assert 0 < seen.value("vlmq_storage_free_bytes") <= seen.value("vlmq_storage_total_bytes")
     assert seen.value("vlmq_storage_min_free_bytes") == 256 << 20

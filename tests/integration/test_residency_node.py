@@ -131,9 +131,10 @@ def test_a_model_that_cannot_be_loaded_makes_no_client_wait_for_ever() -> None:
 
 
 def test_a_model_that_takes_too_long_is_a_503_with_retry_after() -> None:
-    """``node.model_wait_s`` bounds the wait."""
-    slow = on_demand("slow", options={"setup_delay_s": 60})
-    with running_node(models=(slow, on_demand("other")), node={"model_wait_s": 2}) as node:
+    """``node.model_wait_s`` bounds the wait, also where engines that start are waited for longer."""
+    slow = on_demand("slow", options={"setup_delay_s": 600})
+    waits = {"model_wait_s": 2, "engine_wait_s": 600}
+    with running_node(models=(slow, on_demand("other")), node=waits) as node:
         with pytest.raises(openai.InternalServerError) as late:
             ask(node, "slow")
         assert (late.value.status_code, late.value.code) == (503, "engine_unavailable")

@@ -107,17 +107,22 @@ class EngineClient:
     """The replicas of one model on this machine.
 
     ``run_dir`` holds the sockets (``wire.socket_path``). A request waits up to ``wait_s`` for a
-    replica that can take it, and up to ``standby_wait_s`` while the replicas are away on purpose.
-    Thread-safe; callbacks run on the client's own thread and must not block.
+    replica that can take it, and up to ``standby_wait_s`` (None: as long) while the replicas are
+    away on purpose. Thread-safe; callbacks run on the client's own thread and must not block.
     """
 
     def __init__(
-        self, run_dir: Path, model: str, *, wait_s: float = 10.0, standby_wait_s: float = 0.0
+        self,
+        run_dir: Path,
+        model: str,
+        *,
+        wait_s: float = 10.0,
+        standby_wait_s: float | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._model = model
         self._wait_s = wait_s
-        self._standby_wait_s = max(wait_s, standby_wait_s)
+        self._standby_wait_s = wait_s if standby_wait_s is None else standby_wait_s
         self._lock = threading.Lock()
         self._pool: _Pool | None = None
         self._pid = 0
