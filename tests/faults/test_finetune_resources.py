@@ -31,7 +31,7 @@ def test_engines_leave_a_gpu_for_training_and_come_back() -> None:
         finetune={"gpus": ["0"], "max_jobs": 2},
     ) as running:
         wait_for_states(running.node, "echo", "ready")
-        jobs = [create(running.stores, n_epochs=25) for _ in range(2)]
+        jobs = [create(running.stores) for _ in range(2)]
         first = next_in_training(running, [job.id for job in jobs])
         [other] = [job.id for job in jobs if job.id != first]
         wait_for_states(running.node, "echo", "lent")
@@ -81,7 +81,7 @@ def test_a_disk_that_fills_up_loses_no_checkpoint(left_bytes: int) -> None:
         folder = running.node.settings.data_dir / "finetunes"
         with small_disk(folder, 60):
             start(running)
-            job = create(running.stores, n_epochs=25)
+            job = create(running.stores, n_epochs=15)
             running.wait_step(job.id, 25)
             ballast = fill(folder)
             os.truncate(ballast, ballast.stat().st_size - left_bytes)
@@ -97,7 +97,7 @@ def test_a_disk_that_fills_up_loses_no_checkpoint(left_bytes: int) -> None:
             assert "Training waits for disk space" in running.messages(job.id)
             steps = re.findall(r"goes on from step (\d+) of", running.messages(job.id))
             assert [int(step) >= 20 for step in steps] == [True]
-            assert list(running.losses(job.id)) == list(range(1, 151))
+            assert list(running.losses(job.id)) == list(range(1, 91))
             assert "Its worker" not in running.messages(job.id)
             running.node.stop()
             assert_nothing_left(running.node)
