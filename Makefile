@@ -30,8 +30,7 @@ FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	"$$p" -c '$(FITS)' >/dev/null 2>&1 && command -v "$$p" && break; done)
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' locks/cpu.txt)
-# Threads of torch that wait for each other would keep the cores busy: on two cores two programs with
-# two threads each take eight times as long as with this.
+# As nodes do for what they start (workers/devices.py): the tests compute themselves, too.
 PATIENT := OMP_WAIT_POLICY=passive
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml

@@ -40,7 +40,7 @@ from shared.settings import (
     with_overrides,
 )
 from shared.storage import Layout, write_json
-from workers import mps, redis_server
+from workers import devices, mps, redis_server
 from workers.finetune_report import running_jobs
 from workers.fleet import Fleet
 from workers.gpus import GpuWatch
@@ -463,9 +463,9 @@ class Programs:
         spec_file = path.with_suffix(".spec.json")
         spec_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_json(spec_file, engine_spec(entry, record, seat.share))
-        pinned = {}
+        pinned = devices.on_processor()
         if seat.gpus:
-            pinned = {"CUDA_VISIBLE_DEVICES": seat.visible, **mps.environment(settings)}
+            pinned = {**devices.environment(seat.visible), **mps.environment(settings)}
         # An engine that makes room or is replaced finishes all it has; a stopping node says less.
         drain_s = settings.api.request_timeout_s
         return Program(

@@ -83,6 +83,7 @@ def test_an_engine_without_gpus_keeps_the_environment(settings: Settings, tmp_pa
     programs = Programs(settings, tmp_path / "s.json")
     program = programs.engine(settings.node.serve[0], Seat(0), record)
     assert "CUDA_VISIBLE_DEVICES" not in program.environment
+    assert "OMP_WAIT_POLICY" in program.environment
 
 
 def test_a_snapshot_is_the_same_tree(

@@ -29,6 +29,7 @@ from shared.finetune_store import FinetuneLease, NewEvent
 from shared.finetunes import FinetuneState, Stage
 from shared.settings import Settings
 from shared.stores import Stores
+from workers import devices
 from workers.keeper import until_answered
 from workers.training import provenance, registering
 from workers.training.attempt import (
@@ -282,7 +283,7 @@ class Stages:
             run_dir=settings.run_dir,
             log=plan.log,
             stop_s=settings.finetune.stop_s,
-            environment={"CUDA_VISIBLE_DEVICES": lent.visible},
+            environment=devices.environment(lent.visible),
             hold=lent.locks,
         )
         return process, self._watched(plan, resume)
@@ -449,7 +450,7 @@ class Stages:
             run_dir=self._settings.run_dir,
             log=log,
             stop_s=0,
-            environment={"CUDA_VISIBLE_DEVICES": ""},
+            environment=devices.environment(""),
         )
         stopped: VlmqError | None = None
         until = time.monotonic() + limit_s
