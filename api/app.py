@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Flask
 
 from api import auth, current, errors
-from api.routes import batches, captions, chat, files, finetunes, health, metrics, models
+from api.routes import batches, captions, chat, files, finetunes, health, metrics, models, pages
 from shared.stores import Stores
 
 
@@ -18,6 +18,6 @@ def create_app(stores: Stores) -> Flask:
     # First, so that a refused request has an id as well.
     errors.register(app)
     auth.register(app)
-    for module in (chat, files, batches, captions, finetunes, models, health, metrics):
+    for module in (chat, files, batches, captions, finetunes, models, health, metrics, pages):
         app.register_blueprint(module.blueprint)
     return app

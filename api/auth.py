@@ -16,6 +16,8 @@ as nobody else can reach it, so the server then binds to loopback, and here ever
 Once there has been a key, requests need one, even if all have been revoked since.
 
 ``/metrics`` tells of everybody's work, so not every owner may read it: see ``api.metrics_readers``.
+The pages for a browser are the same for everybody and need no key: it cannot send one before it has
+loaded them, and they ask for one themselves.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from shared.errors import Forbidden, NotAuthenticated
 LOCAL_OWNER = "local"
 METRICS_OWNER = "metrics"
 METRICS_ENDPOINT = "metrics.scrape"
+PAGES = "pages"
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 
@@ -54,6 +57,8 @@ def _authenticate() -> None:
     if request.path in _OPEN_PATHS:
         return
     if stores().keys.required():
+        if request.blueprint == PAGES:
+            return
         if request.endpoint == METRICS_ENDPOINT:
             _authenticate_reader()
             return

@@ -369,6 +369,7 @@ class Node:
             )
         return (
             f"API on http://{api.host}:{api.port}/v1 ({access})\n"
+            f"chat in a browser on http://{api.host}:{api.port}/\n"
             f"everything is up, serving {models or 'no model'}. Ctrl-C stops it."
         )
 
