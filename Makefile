@@ -31,7 +31,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	"$$p" -c '$(FITS)' >/dev/null 2>&1 && command -v "$$p" && break; done)
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' locks/cpu.txt)
 # As nodes do for what they start (workers/devices.py): the tests compute themselves, too.
-PATIENT := OMP_WAIT_POLICY=passive
+PATIENT := GOMP_SPINCOUNT=5000
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks import batch, chat, image_sets, listing, memory, streams
+from benchmarks import batch, beside, chat, image_sets, listing, memory, streams
 from benchmarks.report import Figure, table, write_json
 from benchmarks.scale import FULL, QUICK, Scale
 
@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, Callable[[Scale], list[Figure]]] = {
     "memory": memory.measure,
     "image-sets": image_sets.measure,
     "listing": listing.measure,
+    "beside": beside.measure,
 }
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 

@@ -24,6 +24,8 @@ class Scale(msgspec.Struct, frozen=True):
     """The same for the rows with larger and smaller tiles."""
     entries: int = 1_000_000
     """Of an image set that is listed and not run."""
+    training_s: float = 15
+    """For how long each program trains, alone or beside another."""
 
 
 FULL = Scale(images=1_000_000, entries=10_000_000)
@@ -39,5 +41,6 @@ QUICK = Scale(
     images=5_000,
     side_images=2_000,
     entries=200_000,
+    training_s=3,
 )
 """A smoke test of some two minutes; its figures mean little."""

@@ -7,20 +7,25 @@ import pytest
 from workers import devices
 
 
+@pytest.fixture(autouse=True)
+def _undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this very process was told."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_on_gpus_a_program_sees_those_and_computes_as_it_likes() -> None:
     """Given two GPUs, then only they are named."""
     assert devices.environment("1,GPU-5") == {"CUDA_VISIBLE_DEVICES": "1,GPU-5"}
 
 
-def test_on_the_processor_no_gpu_is_seen_and_threads_wait_quietly(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Given no policy of the operator's, then the waiting of one program takes no core of another."""
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert devices.environment("") == {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "passive"}
+def test_on_the_processor_no_gpu_is_seen_and_threads_do_not_wait_busily() -> None:
+    """Given no GPU, then the waiting of one program takes no core of another for long."""
+    assert devices.environment("") == {"CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": "5000"}
 
 
-def test_an_operators_own_policy_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given one in the environment, then it holds."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert devices.on_processor() == {"OMP_WAIT_POLICY": "active"}
+@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+def test_what_an_operator_decided_is_left_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Given either in the environment, which programs inherit, then nothing is added."""
+    monkeypatch.setenv(name, "passive")
+    assert devices.on_processor() == {}
