@@ -10,7 +10,7 @@
 #
 # PYTHON      the interpreter to build .venv with (3.11 or 3.12); found by itself when not given.
 # GPU_PYTHON  the interpreter of bench-gpu: whichever has lmdeploy (default: python3).
-# TEST_JOBS   files of tests that run at once (default: 2).
+# TEST_JOBS   files of tests that run at once (default: 3; they wait more than they compute).
 # ARGS        arguments of bench and bench-gpu: make bench-gpu ARGS="--quick --backends turbomind"
 # TORCH_ARGS  more arguments for `pip install torch`. The default index may serve a CUDA build of
 #             several gigabytes; PyTorch's own index has the small CPU build:
@@ -23,7 +23,7 @@ EXTRAS := api,cpu,parquet,training,dev
 TORCH_ARGS ?=
 GPU_PYTHON ?= python3
 ARGS ?=
-TEST_JOBS ?= 2
+TEST_JOBS ?= 3
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 # A name on PATH may be a shim that cannot run, so each candidate has to prove itself.

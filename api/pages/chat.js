@@ -208,13 +208,13 @@ function trouble(text) {
   troubled = Boolean(text);
 }
 
-async function loadModels() {
+async function loadModels({ asking } = { asking: true }) {
   let found;
   try {
     found = (await (await request("v1/models")).json()).data.map((model) => model.id);
   } catch (error) {
     trouble(error.message);
-    if (error.status === 401) askForKey(error.message);
+    if (error.status === 401 && asking) askForKey(error.message);
     return;
   }
   trouble(found.length ? "" : "This server has no models yet: link one with vlmq models link, or vlmq models pull.");
@@ -369,8 +369,8 @@ document.addEventListener("drop", (event) => {
   $("ask").classList.remove("over");
   addFiles(event.dataTransfer.files);
 });
-// Models come and go while a page is open.
-window.addEventListener("focus", loadModels);
+// Models come and go while a page is open. Who cancelled the dialog is not asked at every return.
+window.addEventListener("focus", () => loadModels({ asking: false }));
 
 loadModels();
 $("text").focus();
