@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,12 @@ from shared.stores import Stores
 from tests.locked_valkey import LockedValkey, running_locked_valkey
 from tests.running_node import RunningNode, running_node, wait_for
 from workers import redis_server
+
+
+def pytest_configure() -> None:
+    """Let the programs of tests hear Ctrl-C, also if these tests run in the background of a shell."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
