@@ -128,6 +128,48 @@ def tokens_in(told: str) -> int:
     return int(words.split()[0])
 
 
+GIVE = """
+const [kind, name, bytes] = arguments;
+const data = new DataTransfer();
+data.items.add(new File([new Uint8Array(bytes)], name, { type: "image/jpeg" }));
+const told = { bubbles: true, cancelable: true };
+document.dispatchEvent(kind === "paste"
+  ? new ClipboardEvent(kind, { ...told, clipboardData: data })
+  : new DragEvent(kind, { ...told, dataTransfer: data }));
+"""
+
+
+def test_pictures_are_pasted_dropped_and_taken_away(page: Page) -> None:
+    """What is left is sent, and nothing of the one that was removed."""
+    page.choose("tiny")
+    drawn = [scene("held_out", number) for number in range(2)]
+    for kind, one in zip(("paste", "drop"), drawn, strict=True):
+        page.browser.execute_script(GIVE, kind, f"{kind}.jpg", list(encoded(one.image)))
+        page.wait(lambda kind=kind: f"{kind}.jpg" in page.texts("#pictures span"), kind)
+    page.find("#pictures button").click()
+    assert page.texts("#pictures span") == ["drop.jpg"]
+    page.ask(PROMPT)
+    assert page.answers() == [drawn[1].caption]
+
+
+def test_settings_go_along(page: Page) -> None:
+    """A bound of tokens is kept, and the page says that it cut the answer off."""
+    page.choose("echo")
+    page.find("summary").click()
+    page.find("#max-tokens").send_keys("2")
+    page.find("#temperature").send_keys("0.5")
+    page.find("#system").send_keys("be brief")
+    page.ask("one two three")
+    assert page.answers() == ["one two"]
+    assert "cut off" in page.texts(".told")[0]
+    page.find("#max-tokens").clear()
+    page.find("#temperature").clear()
+    page.find("#temperature").send_keys("9")
+    page.ask("too hot")
+    page.wait(lambda: bool(page.texts(".failed")), "the refusal")
+    assert "temperature" in page.texts(".failed")[0]
+
+
 def test_a_new_line_is_no_end_and_a_new_chat_forgets(page: Page) -> None:
     """Shift-Enter, then Enter; and a chat that begins anew."""
     page.choose("echo")
