@@ -18,7 +18,8 @@ from benchmarks.nodes import echo_node, warm_up
 from benchmarks.report import Figure, Target
 from benchmarks.roles import role_of
 from benchmarks.scale import Scale
-from tests.running_node import RunningNode, parent_of
+from shared.process import parent_of
+from tests.running_node import RunningNode
 
 MIB = 1024 * 1024
 _LIMIT_S = 1800.0

@@ -1,4 +1,4 @@
-"""What a process may use, a port for it, and tying its life to its parent's."""
+"""What a process may use, a port for it, what the kernel says of it, and tying its life to its parent's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -21,6 +22,26 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 if there is none (or no /proc)."""
+    return _stat(pid, 1)
+
+
+def start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 if there is none (or no /proc)."""
+    return _stat(pid, 19)
+
+
+def _stat(pid: int, field: int) -> int:
+    """A number of ``/proc/PID/stat``, counted from behind the name."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    # The name in parentheses may itself hold spaces and parentheses.
+    return int(status.rpartition(")")[2].split()[field])
 
 
 def die_with_parent(parent_pid: int | None = None) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from shared.process import free_port
+from shared.process import free_port, parent_of
 from shared.settings import Settings, load_settings
 from shared.stores import Stores
 
@@ -172,15 +172,6 @@ class RunningNode:
     def story(self) -> str:
         """The end of what the node told."""
         return (self.folder / "node.log").read_text()[-4000:]
-
-
-def parent_of(pid: int) -> int:
-    """The parent of a process, 0 if it is gone."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    return int(status.rpartition(")")[2].split()[1])
 
 
 def wait_for(

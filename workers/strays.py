@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from shared.process import parent_of
+
 MARK = "VLMQ_RUN_DIR"
 """Every program that a node starts has its run_dir in this environment variable."""
 
@@ -56,17 +58,8 @@ def _ancestors() -> set[int]:
     pid = os.getpid()
     while pid > 0:
         pids.add(pid)
-        pid = _parent(pid)
+        pid = parent_of(pid)
     return pids
-
-
-def _parent(pid: int) -> int:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    # The name in parentheses may itself hold spaces and parentheses.
-    return int(stat.rpartition(")")[2].split()[1])
 
 
 def _kill(pid: int) -> None:

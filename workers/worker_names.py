@@ -7,9 +7,9 @@ from what it had started before it was restarted.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
+from shared.process import start_ticks
 from shared.settings import Settings
 
 
@@ -42,12 +42,3 @@ def worker_name(settings: Settings) -> str:
     """This process."""
     pid = os.getpid()
     return str(WorkerName(settings.node.name, settings.node.run_id, pid, start_ticks(pid)))
-
-
-def start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks since boot; 0 if there is none (or no /proc)."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    return int(status.rpartition(")")[2].split()[19])

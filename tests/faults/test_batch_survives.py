@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
+from shared.process import parent_of
 from tests.faults.batches import (
     RECOVERY_LIMIT_S,
     assert_each_answered_once,
@@ -23,7 +24,7 @@ from tests.faults.batches import (
     wait_until_done,
     wait_until_ended,
 )
-from tests.running_node import RunningNode, parent_of, running_node, wait_for
+from tests.running_node import RunningNode, running_node, wait_for
 
 ITEMS = 2_000
 

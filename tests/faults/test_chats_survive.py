@@ -13,8 +13,9 @@ import httpx
 import openai
 import pytest
 
+from shared.process import parent_of
 from tests.faults.batches import assert_nothing_left
-from tests.running_node import RunningNode, parent_of, running_node, wait_for
+from tests.running_node import RunningNode, running_node, wait_for
 from workers.inference.engines.client import EngineClient
 
 pytestmark = pytest.mark.timeout(150)

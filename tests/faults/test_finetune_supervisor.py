@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.running_node import parent_of, wait_for
+from shared.process import parent_of
+from tests.running_node import wait_for
 from workers.strays import end_strays, find_strays
 from workers.training.gpulocks import GpuLocks, LentGpus
 from workers.training.process import JOB_MARK, Ending, TrainingProcess, end_earlier

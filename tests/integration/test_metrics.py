@@ -21,10 +21,10 @@ from PIL import Image
 
 from shared.keys import KeyStore
 from shared.metrics import METRICS
-from shared.process import free_port
+from shared.process import free_port, parent_of
 from shared.storage import Layout
 from tests.faults.batches import line, results, submit, wait_until_ended
-from tests.running_node import RunningNode, parent_of, running_node, wait_for
+from tests.running_node import RunningNode, running_node, wait_for
 from tests.scraped import Scrape, scrape
 
 OWNER = "acme-corporation"

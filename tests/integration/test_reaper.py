@@ -14,6 +14,7 @@ import pytest
 
 from shared.finetunes import FinetuneState
 from shared.jobs import BatchState
+from shared.process import start_ticks
 from shared.queue import CONTROL_QUEUE, FINETUNE_QUEUE, batch_queue
 from shared.settings import snapshot
 from shared.stores import Stores
@@ -25,7 +26,6 @@ from tests.finetune_steps import running
 from tests.running_node import wait_for
 from tests.stored_batches import claim, commit, jsonl, link_model, now, planned, record, upload
 from workers.reaper import Reaper
-from workers.worker_names import start_ticks
 
 TTL_S = 0.6
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from shared.process import free_port
+from shared.process import free_port, parent_of
 from workers.bound import bound
 
 STOP = b"stop"
@@ -147,7 +147,7 @@ def kill_descendants(ancestor: int) -> None:
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            children.setdefault(_parent(entry), []).append(int(entry.name))
+            children.setdefault(parent_of(int(entry.name)), []).append(int(entry.name))
     found = children.get(ancestor, [])
     for pid in found:
         found.extend(children.get(pid, ()))
@@ -158,14 +158,6 @@ def say(**words: Any) -> None:
     """One line to whoever started us, who may be gone."""
     with suppress(BrokenPipeError):
         os.write(sys.stdout.fileno(), json.dumps(words).encode() + b"\n")
-
-
-def _parent(entry: Path) -> int:
-    try:
-        status = (entry / "stat").read_text()
-    except OSError:
-        return 0  # gone meanwhile
-    return int(status.rpartition(")")[2].split()[1])
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
