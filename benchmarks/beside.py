@@ -15,12 +15,11 @@ from workers import devices
 
 _ALONE = Target("<=", 1.15)
 _AT_ONCE = Target(">=", 2)
-_CLEARED = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def measure(scale: Scale) -> list[Figure]:
     """Each way alone and beside a program of its own kind, in turn."""
-    clean = {name: value for name, value in os.environ.items() if name not in _CLEARED}
+    clean = {name: value for name, value in os.environ.items() if name not in devices.DECISIONS}
     ours = {**clean, devices.SPINS: devices.SPIN_COUNT}
     found = {
         f"{way}, {words}": _step_ms(environment, count, scale.training_s)

@@ -6,7 +6,8 @@ import os
 
 SPINS = "GOMP_SPINCOUNT"
 SPIN_COUNT = "5000"
-_DECIDED = (SPINS, "OMP_WAIT_POLICY")
+DECISIONS = (SPINS, "OMP_WAIT_POLICY")
+"""What an operator may have decided of it in the environment."""
 
 
 def environment(visible: str) -> dict[str, str]:
@@ -24,6 +25,6 @@ def on_processor() -> dict[str, str]:
     circling every short wait costs a sleep. So they circle for about as long as a sleep would take;
     ``make bench ARGS="--only beside"`` measures it. What the operator decided is left alone.
     """
-    if any(name in os.environ for name in _DECIDED):
+    if any(name in os.environ for name in DECISIONS):
         return {}
     return {SPINS: SPIN_COUNT}

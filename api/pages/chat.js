@@ -208,7 +208,7 @@ function trouble(text) {
   troubled = Boolean(text);
 }
 
-async function loadModels({ asking } = { asking: true }) {
+async function loadModels(asking = true) {
   let found;
   try {
     found = (await (await request("v1/models")).json()).data.map((model) => model.id);
@@ -370,7 +370,7 @@ document.addEventListener("drop", (event) => {
   addFiles(event.dataTransfer.files);
 });
 // Models come and go while a page is open. Who cancelled the dialog is not asked at every return.
-window.addEventListener("focus", () => loadModels({ asking: false }));
+window.addEventListener("focus", () => loadModels(false));
 
 loadModels();
 $("text").focus();

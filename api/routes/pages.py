@@ -15,8 +15,7 @@ from shared.errors import NotFound
 
 blueprint = Blueprint(PAGES, __name__)
 
-_CHAT = "chat.html"
-_TYPES = {_CHAT: "text/html", "chat.css": "text/css", "chat.js": "text/javascript"}
+_PARTS = {"chat.css": "text/css", "chat.js": "text/javascript"}
 _POLICY = (
     "default-src 'none'",
     "script-src 'self'",
@@ -40,20 +39,20 @@ _HEADERS = {
 @blueprint.get("/")
 def chat() -> Response:
     """The chat."""
-    return _file(_CHAT)
+    return _file("chat.html", "text/html")
 
 
 @blueprint.get("/pages/<name>")
 def part(name: str) -> Response:
     """A file that a page needs. Raises: NotFound."""
-    if name not in _TYPES or name == _CHAT:
+    if name not in _PARTS:
         raise NotFound(f"there is no page '{name}'")
-    return _file(name)
+    return _file(name, _PARTS[name])
 
 
-def _file(name: str) -> Response:
+def _file(name: str, kind: str) -> Response:
     content = (resources.files("api") / "pages" / name).read_bytes()
-    response = Response(content, mimetype=_TYPES[name], headers=_HEADERS)
+    response = Response(content, mimetype=kind, headers=_HEADERS)
     response.add_etag()
     response.make_conditional(request)
     return response
