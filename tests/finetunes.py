@@ -28,14 +28,13 @@ from shared.ids import new_id
 from shared.stores import Stores
 from tests import stand_in_trainer
 from tests.running_node import RunningNode, running_node, wait_for
-from workers.inference import tiny
+from workers.inference.tiny import CHECKPOINT
 from workers.strays import find_strays
 from workers.training.process import JOB_MARK
 
 OWNER = "local"
 BASE = "tiny"
 TINY = {"model": BASE, "engine": "transformers"}
-CHECKPOINT = Path(tiny.__file__).parent / "checkpoint"
 QUEUE = {"lease_ttl_s": 6, "renew_s": 1, "reap_s": 0.5, "drain_s": 5}
 LIMIT_S = 60.0
 

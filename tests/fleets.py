@@ -12,6 +12,7 @@ import openai
 
 from shared.presence import ReplicaReport
 from tests.running_node import RunningNode, wait_for
+from workers.inference.engines.client import EngineClient
 
 LIMIT_S = 60.0
 QUICK: dict[str, Any] = {
@@ -55,6 +56,16 @@ def wait_for_states(node: RunningNode, model: str, *expected: str) -> None:
         LIMIT_S,
         lambda: f"{replicas(node, model)}\n{node.story()}",
     )
+
+
+def in_engines(node: RunningNode, model: str) -> int:
+    """How many prompts run or wait in a model's engines, by their own count."""
+    client = EngineClient(node.settings.run_dir, model)
+    try:
+        wait_for(lambda: len(client.replicas()) > 0, "a replica", 20)
+        return sum(replica.running + replica.waiting for replica in client.replicas())
+    finally:
+        client.close()
 
 
 def ask(node: RunningNode, model: str, text: str = "are you there") -> str | None:

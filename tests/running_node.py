@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from shared.process import free_port, parent_of
-from shared.settings import Settings, load_settings
+from shared.settings import NodeSettings, Settings, load_settings
 from shared.stores import Stores
 
 if TYPE_CHECKING:
     import openai
 
 ECHO = {"model": "echo", "engine": "echo", "options": {"faults": True}}
-ROLES = ("api", "redis", "chat", "batch", "engines", "reaper")
-"""Of a node unless its test says otherwise: fine-tunes are left out, for most tests have none."""
-USUAL_ROLES = (*ROLES, "finetune")
+USUAL_ROLES = NodeSettings.model_fields["roles"].default
 """Of a node unless its owner says otherwise."""
+ROLES = tuple(role for role in USUAL_ROLES if role != "finetune")
+"""Of a node unless its test says otherwise: fine-tunes are left out, for most tests have none."""
 START_LIMIT_S = 60.0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,16 +13,15 @@ from selenium.webdriver.support.select import Select
 
 from shared.keys import KeyStore
 from shared.storage import Layout
+from tests.fleets import in_engines
 from tests.running_node import RunningNode, running_node, wait_for
-from workers.inference import tiny
-from workers.inference.engines.client import EngineClient
+from workers.inference.tiny import CHECKPOINT
 from workers.inference.tiny.scenes import PROMPT, encoded, scene
 
 pytestmark = pytest.mark.timeout(180)
 
 TINY = {"model": "tiny", "engine": "transformers"}
 ECHO = {"model": "echo", "engine": "echo", "options": {"faults": True, "token_delay_s": 0.005}}
-CHECKPOINT = Path(tiny.__file__).parent / "checkpoint"
 PATIENCE_S = 60.0
 
 
@@ -65,9 +64,8 @@ class Page:
         self.wait(lambda: len(self.texts(".answered .told")) == count, f"{count} answers")
         return [text.rpartition("\n")[0] for text in self.texts(".answered")]
 
-    def wait(self, condition: object, what: str) -> None:
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
         """Wait until ``condition()`` holds."""
-        assert callable(condition)
         wait_for(condition, what, PATIENCE_S, lambda: self.find("body").text)
 
     def complaints(self) -> list[str]:
@@ -189,13 +187,7 @@ def test_an_answer_is_stopped_and_so_is_its_engine(page: Page, node: RunningNode
     page.find("#stop").click()
     page.wait(lambda: page.texts(".answered .told") == ["stopped"], "the end")
     assert not page.find("#stop").is_displayed()
-    client = EngineClient(node.settings.run_dir, "echo")
-    try:
-        page.wait(
-            lambda: bool(client.replicas()) and not client.replicas()[0].running, "an idle engine"
-        )
-    finally:
-        client.close()
+    page.wait(lambda: in_engines(node, "echo") == 0, "an idle engine")
 
 
 def test_a_failure_is_told_and_may_be_tried_again(page: Page) -> None:

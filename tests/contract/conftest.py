@@ -18,8 +18,8 @@ import pytest
 from tests.contract.hosts import HostProcess
 from workers.inference.engines.base import Engine, EngineSpec
 from workers.inference.engines.host import find_engine
+from workers.inference.tiny import CHECKPOINT
 
-CHECKPOINT = Path(__file__).parents[2] / "workers" / "inference" / "tiny" / "checkpoint"
 SESSION_LEN = 512
 
 StartHost = Callable[..., HostProcess]

@@ -83,6 +83,7 @@ class Stream:
     def result(self) -> VlmqError | None:
         """Wait for the end and return how it ended."""
         assert self.ended.wait(PATIENCE_S)
+        assert len(self.ends) == 1
         return self.ends[0]
 
     def _delta(self, delta: Delta) -> None:

@@ -15,8 +15,8 @@ import pytest
 
 from shared.process import parent_of
 from tests.faults.batches import assert_nothing_left
+from tests.fleets import in_engines
 from tests.running_node import RunningNode, running_node, wait_for
-from workers.inference.engines.client import EngineClient
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -51,7 +51,7 @@ def _well_afterwards(node: RunningNode) -> Iterator[None]:
     yield
     wait_for(lambda: answers(node), "the node to be well again", 30)
     wait_for(lambda: node.stores.redis.zcard("vlmq:chats") == 0, "every chat to be closed", 20)
-    wait_for(lambda: running(node) == 0, "the engine to be idle", 20)
+    wait_for(lambda: in_engines(node, "echo") == 0, "the engine to be idle", 20)
 
 
 def answers(node: RunningNode) -> bool:
@@ -66,16 +66,6 @@ def answers(node: RunningNode) -> bool:
 def ask(sdk: openai.OpenAI, text: str) -> openai.types.chat.ChatCompletion:
     """One chat."""
     return sdk.chat.completions.create(model="echo", messages=[{"role": "user", "content": text}])
-
-
-def running(node: RunningNode) -> int:
-    """How many prompts run or wait in the engines, by their own count."""
-    client = EngineClient(node.settings.run_dir, "echo")
-    try:
-        wait_for(lambda: len(client.replicas()) > 0, "a replica", 20)
-        return sum(replica.running + replica.waiting for replica in client.replicas())
-    finally:
-        client.close()
 
 
 class Stream:
@@ -118,7 +108,7 @@ def opened(node: RunningNode, texts: list[str], *, begun: bool) -> list[Stream]:
     if begun:
         assert all(stream.begun.wait(60) for stream in streams)
     else:
-        wait_for(lambda: running(node) == len(texts), "all streams to run", 60)
+        wait_for(lambda: in_engines(node, "echo") == len(texts), "all streams to run", 60)
     return streams
 
 
@@ -174,7 +164,7 @@ def test_kill_9_of_the_chat_consumer(node: RunningNode) -> None:
     texts = [f"[[echo:sleep=4]]{number}" for number in range(5)]
     sdk = node.sdk(max_retries=0)
     waiting = [Stream(sdk, text) for text in texts]
-    wait_for(lambda: running(node) == 10, "all to run", 20)
+    wait_for(lambda: in_engines(node, "echo") == 10, "all to run", 20)
     os.kill(chat_consumer(node), signal.SIGKILL)
     for stream in begun:
         stream.wait(CONSUMER_LIMIT_S)
@@ -220,8 +210,8 @@ def test_the_engine_stops_for_clients_that_went_away(node: RunningNode) -> None:
     started = time.monotonic()
     with ThreadPoolExecutor(5) as pool:
         list(pool.map(impatient, range(5)))
-    assert running(node) >= 5
+    assert in_engines(node, "echo") >= 5
     for chunks in streams:
         chunks.close()
-    wait_for(lambda: running(node) == 0, "the engine to stop", 10)
+    wait_for(lambda: in_engines(node, "echo") == 0, "the engine to stop", 10)
     assert time.monotonic() - started < len(LONG.split()) * 5 * 0.05, "they ended by themselves"

@@ -8,14 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from shared.errors import EngineCrashed, EngineUnavailable, VlmqError
 from tests.contract.conftest import StartHost, run_dir, start_host
-from tests.contract.hosts import MODEL, PATIENCE_S, RawClient, ask, wait_for
+from tests.contract.hosts import MODEL, PATIENCE_S, RawClient, Stream, ask, wait_for
 from workers.inference.engines import wire
 from workers.inference.engines.base import Completion
 from workers.inference.engines.client import EngineClient
@@ -26,31 +25,6 @@ __all__ = ["run_dir", "start_host"]
 pytestmark = pytest.mark.timeout(120)
 
 FAULTS = {"faults": True}
-
-
-class Ending:
-    """How one stream ended, and whether a delta came first."""
-
-    def __init__(self, client: EngineClient, text: str) -> None:
-        self.texts: list[str] = []
-        self.errors: list[VlmqError | None] = []
-        self.first = threading.Event()
-        self._ended = threading.Event()
-        client.stream(ask(text), self._delta, self._end)
-
-    def wait(self) -> VlmqError | None:
-        """How it ended."""
-        assert self._ended.wait(PATIENCE_S)
-        assert len(self.errors) == 1
-        return self.errors[0]
-
-    def _delta(self, delta: object) -> None:
-        self.texts.append(getattr(delta, "text", ""))
-        self.first.set()
-
-    def _end(self, error: VlmqError | None) -> None:
-        self.errors.append(error)
-        self._ended.set()
 
 
 def connect(flight: Flight, replicas: int) -> None:
@@ -116,11 +90,11 @@ def test_streams_that_had_begun_end_as_crashed(run_dir: Path, start_host: StartH
     """A client that saw half an answer is told, and gets nothing twice."""
     host = start_host(options={"token_delay_s": 0.02})
     client = EngineClient(run_dir, MODEL)
-    streams = [Ending(client, "word " * 2000) for _ in range(5)]
+    streams = [Stream(client, "word " * 2000) for _ in range(5)]
     assert all(stream.first.wait(PATIENCE_S) for stream in streams)
     start_host(1)
     host.kill()
-    assert [type(stream.wait()) for stream in streams] == [EngineCrashed] * 5
+    assert [type(stream.result()) for stream in streams] == [EngineCrashed] * 5
     client.close()
 
 
@@ -128,12 +102,12 @@ def test_a_stream_without_a_delta_is_tried_once_more(run_dir: Path, start_host: 
     """The other replica answers as if nothing had happened."""
     first = start_host(0, options={"delay_s": 60.0})
     client = EngineClient(run_dir, MODEL)
-    stream = Ending(client, "patient")
+    stream = Stream(client, "patient")
     wait_for(lambda: [r.running for r in client.replicas()] == [1], "it to run")
     start_host(1)
     first.kill()
-    assert stream.wait() is None
-    assert "".join(stream.texts) == "patient"
+    assert stream.result() is None
+    assert "".join(delta.text for delta in stream.deltas) == "patient"
     client.close()
 
 
@@ -142,7 +116,7 @@ def test_a_poisonous_stream_is_not_tried_for_ever(run_dir: Path, start_host: Sta
     hosts = [start_host(replica, options=FAULTS) for replica in range(3)]
     client = EngineClient(run_dir, MODEL)
     wait_for(lambda: len(client.replicas()) == 3, "three replicas")
-    assert isinstance(Ending(client, "[[echo:kill]]").wait(), EngineCrashed)
+    assert isinstance(Stream(client, "[[echo:kill]]").result(), EngineCrashed)
     assert client.complete(ask("alive"), timeout_s=PATIENCE_S).text == "alive"
     # A dying process closes its sockets a moment before its parent can see it dead.
     wait_for(lambda: sum(host.process.poll() is None for host in hosts) < 2, "two deaths")
@@ -156,10 +130,10 @@ def test_after_a_crash_without_successor_a_stream_ends_as_unavailable(
     """It waits for a restart for wait_s, then says so."""
     host = start_host(options={"delay_s": 60.0})
     client = EngineClient(run_dir, MODEL, wait_s=0.5)
-    stream = Ending(client, "nobody left")
+    stream = Stream(client, "nobody left")
     wait_for(lambda: [r.running for r in client.replicas()] == [1], "it to run")
     host.kill()
-    assert isinstance(stream.wait(), EngineUnavailable)
+    assert isinstance(stream.result(), EngineUnavailable)
     client.close()
 
 

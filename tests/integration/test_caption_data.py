@@ -23,9 +23,10 @@ from shared.finetunes import DataSource, FinetuneSpec, FinetuneState, Recipe
 from shared.ids import new_id
 from tests.datasets import jpeg, llava, rows_of
 from tests.faults.batches import done, wait_until_ended
-from tests.finetunes import BASE, CHECKPOINT, OWNER, TINY, Running, training_node
+from tests.finetunes import BASE, OWNER, TINY, Running, training_node
 from tests.image_sets import tar, write, zipped
 from tests.running_node import ECHO, wait_for
+from workers.inference.tiny import CHECKPOINT
 from workers.training.data_inputs import prepare_job
 from workers.training.data_report import DataReport
 
